@@ -1,0 +1,1 @@
+"""One file a method, named like its YAML."""

@@ -1,0 +1,164 @@
+"""What there is: methods, presets and groups, read from ``conf/`` and from the classes' source. No torch, no Hydra."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignkit.config import conf_dir
+from alignkit.errors import UserError, suggest
+from alignkit.signature import doc_of, settings_of
+
+STAGES = ("sft", "rl", "evaluate", "pipeline")
+
+
+def options(group: str, extra: list[Path] = []) -> dict[str, Path]:  # noqa: B006
+    """Option name → file of a config group, in the shipped ``conf`` and in ``--config-dir`` folders."""
+    found = {}
+    for root in (conf_dir(), *extra):
+        for path in sorted((root / group).glob("**/*.yaml")):
+            if not path.name.startswith("_"):
+                found[str(path.relative_to(root / group).with_suffix(""))] = path
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A config file over the private bases (``_rl``) that its defaults name."""
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    merged: dict[str, Any] = {}
+    for entry in content.get("defaults", []):
+        if isinstance(entry, str) and entry.startswith("_") and entry != "_self_":
+            merged.update(read(path.with_name(f"{entry}.yaml")))
+    return {**merged, **content}
+
+
+def listing() -> str:
+    """Methods by stage, one line each, and presets."""
+    lines = []
+    methods = {name: read(path) for name, path in options("algo").items()}
+    for stage in STAGES:
+        here = {n: c for n, c in methods.items() if c.get("stage") == stage}
+        if here:
+            lines.append(f"{stage}:")
+            lines += [f"  +algo={name:<14} {_idea(c)}" for name, c in here.items()]
+    lines.append("presets:")
+    lines += [f"  +preset={name:<20} {_header(path)}" for name, path in options("preset").items()]
+    for group in ("model", "data", "reward"):
+        lines.append(f"{group}:")
+        lines += [f"  {group}={name:<20} {_header(path)}" for name, path in options(group).items()]
+    lines += ["", "More of one: alignkit show NAME. Run one: alignkit train +algo=NAME."]
+    return "\n".join(lines)
+
+
+def card(name: str) -> str:
+    """A method's card: idea, settings with defaults, example. Presets and other options: their file."""
+    for group in ("algo", "preset", "model", "data", "reward"):
+        path = options(group).get(name)
+        if path is None:
+            continue
+        content = read(path)
+        target = (content.get("algo") or {}).get("_target_") if group == "algo" else None
+        plus = "+" if group in ("algo", "preset") else ""
+        lines = [f"{name}  ({group}" + (f", stage {content['stage']})" if content.get("stage") else ")"), ""]
+        if target is None:
+            lines += [path.read_text(encoding="utf-8").rstrip()]
+        else:
+            lines += [doc_of(target), "", "settings (algo.NAME=VALUE):"]
+            given = {k: v for k, v in content["algo"].items() if k != "_target_"}
+            for setting in (settings_of(target) or {}).values():
+                default = _plain(given[setting.name]) if setting.name in given else setting.default
+                left = f"  {setting.name}: {setting.type} = {default}"
+                lines.append(f"{left:<46} {setting.comment}".rstrip())
+            groups = [e for e in content.get("defaults", []) if isinstance(e, dict)]
+            chosen = {k.removeprefix("override /"): v for e in groups for k, v in e.items()}
+            lines += ["", "brings: " + ", ".join(f"{k}={v}" for k, v in chosen.items())]
+        example = f"alignkit train {plus}{group}={name}" if plus else f"alignkit train +algo=sft {group}={name}"
+        return "\n".join([*lines, "", f"example: {example}"])
+    every = [n for group in ("algo", "preset", "model", "data", "reward") for n in options(group)]
+    raise UserError(f"'{name}' is neither a method nor a preset, model, data set or reward.{suggest(name, every)}")
+
+
+def doctor() -> tuple[str, list[str]]:
+    """(report, what is wrong): versions, devices, threads, caches, switches, plugins; torch is not imported."""
+    wrong: list[str] = []
+    lines = [f"python        {platform.python_version()}  ({platform.platform()})"]
+    if platform.python_version_tuple() < ("3", "11"):
+        wrong.append("Python 3.11 or newer is needed.")
+    for name, least in REQUIRED.items():
+        version = _version(name)
+        lines.append(f"{name:<13} {version or 'missing'}")
+        if version is None:
+            wrong.append(f"{name} is not installed: pip install {name}.")
+        elif _tuple(version) < _tuple(least):
+            wrong.append(f"{name} {version} is older than {least}: pip install -U '{name}>={least}'.")
+    torch_version = _version("torch") or ""
+    driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    lines.append(f"devices       {os.cpu_count()} cores" + (", NVIDIA driver" if driver else ", no NVIDIA driver"))
+    if driver and torch_version.endswith("+cpu"):
+        wrong.append("there is an NVIDIA driver, but torch is a CPU build: install a CUDA build to use the GPU.")
+    threads = {k: os.environ[k] for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if k in os.environ}
+    lines.append(f"threads       {threads or 'not limited'}  (run.threads sets them for a run)")
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    lines.append(f"hub cache     {home}{'' if home.exists() else '  (not there yet)'}")
+    switches = {k: os.environ[k] for k in SWITCHES if k in os.environ}
+    lines.append(f"switches      {switches or 'none set'}")
+    lines.append(f"wandb         key {'set' if os.environ.get('WANDB_API_KEY') else 'not set'} → " + _wandb(switches))
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    lines.append(f"disk here     {free:.1f} GiB free")
+    if free < 1:
+        wrong.append(f"only {free:.2f} GiB are free here: checkpoints may not fit. Point run.root elsewhere.")
+    if not os.access(Path.cwd(), os.W_OK):
+        wrong.append("this folder cannot be written: point run.root at one that can.")
+    for name in ("hydra-ax-sweeper", "hydra-nevergrad-sweeper"):
+        if _version(name):
+            wrong.append(f"{name} {_version(name)} breaks every Hydra program on Python ≥ 3.11: pip uninstall {name}.")
+    return "\n".join(lines), wrong
+
+
+REQUIRED = {  # package → oldest version that is supported
+    "torch": "2.11", "transformers": "5.17", "hydra-core": "1.3", "omegaconf": "2.3", "datasets": "3.0", "trl": "1.0",
+    "peft": "0.15", "sacrebleu": "2.4", "wandb": "0.19", "rich": "13.0",
+}  # fmt: skip
+SWITCHES = (
+    "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "WANDB_MODE",
+    "CUDA_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM", "HYDRA_FULL_ERROR",
+)  # fmt: skip
+
+
+def _wandb(switches: dict[str, str]) -> str:
+    return switches.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _tuple(version: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def _idea(content: dict[str, Any]) -> str:
+    target = (content.get("algo") or {}).get("_target_")
+    return doc_of(target).split("\n")[0] if target else ""
+
+
+def _header(path: Path) -> str:
+    """The first comment of a file that is not a directive."""
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if line.startswith("#") and "@package" not in line:
+            return line.lstrip("# ").rstrip()
+    return ""
+
+
+def _plain(value: Any) -> str:
+    return str(value) if not isinstance(value, str) else repr(value)

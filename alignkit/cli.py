@@ -1,0 +1,190 @@
+"""The command line: ``alignkit train|evaluate|list|show|doctor``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from alignkit.errors import Stopped, UserError, suggest
+
+USAGE = """alignkit: alignment experiments from one configuration
+
+  alignkit train +algo=NAME [key=value …]      train by a method; repeat the command to resume
+  alignkit train +preset=NAME [key=value …]    run a preset
+  alignkit train -m +algo=a,b seed=1,2         sweep, one directory a run
+  alignkit evaluate RUN_OR_MODEL [data=NAME]   decode and score held-out rows
+  alignkit list                                methods by stage, presets, models, data, rewards
+  alignkit show NAME                           a method's card: idea, settings, example
+  alignkit doctor                              versions, devices, caches, and what is wrong
+
+`alignkit train +algo=NAME --cfg job` prints the composed configuration; `--help` prints Hydra's flags."""
+
+VERBS = ("train", "evaluate", "list", "show", "doctor")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; exits with 0, 1 (a fault of ours), 2 (a user's mistake) or 130 (stopped)."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        _dispatch(words)
+    except UserError as e:
+        _leave(f"error: {e}", 2)
+    except BrokenPipeError:
+        sys.stderr.close()
+
+
+def _dispatch(words: list[str]) -> None:
+    verb, rest = (words[0], words[1:]) if words else ("", [])
+    if verb in ("", "-h", "--help", "help"):
+        print(USAGE)
+    elif verb == "--version":
+        from alignkit import __version__
+
+        print(__version__)
+    elif verb == "train":
+        train(rest)
+    elif verb == "evaluate":
+        train(evaluate_words(rest))
+    elif verb == "list":
+        from alignkit.catalog import listing
+
+        print(listing())
+    elif verb == "show":
+        from alignkit.catalog import card
+
+        if len(rest) != 1:
+            raise UserError("show: name one method, preset, model, data set or reward, as in `alignkit show esrl`.")
+        print(card(rest[0]))
+    elif verb == "doctor":
+        from alignkit.catalog import doctor
+
+        report, wrong = doctor()
+        print(report)
+        print("\nwhat is wrong:\n" + "\n".join(f"  - {line}" for line in wrong) if wrong else "\nnothing is wrong.")
+        sys.exit(1 if wrong else 0)
+    else:
+        raise UserError(f"'{verb}' is not a command.{suggest(verb, VERBS)}")
+
+
+def train(words: list[str]) -> None:
+    """Hand the words to Hydra, which composes the configuration and calls ``launch`` once a job."""
+    words = hydra_words(words)
+    flags = {w.partition("=")[0] for w in words if w.startswith("-")}
+    if not any(w.startswith(("+algo=", "+preset=")) for w in words) and not flags & {
+        "--help",
+        "-h",
+        "--hydra-help",
+        "--info",
+        "-i",
+        "--cfg",
+        "-c",
+    }:
+        from alignkit.catalog import listing
+
+        print(listing())
+        _leave("error: train: name a method with +algo=NAME or a preset with +preset=NAME.", 2)
+
+    import hydra
+
+    from alignkit.config import conf_dir, register
+
+    register()
+    sys.argv = ["alignkit train", *words]
+    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(_job)()
+
+
+def _job(cfg: object) -> float | None:
+    """One Hydra job. A user's mistake ends here as one message; sweepers get the selected metric."""
+    from omegaconf import DictConfig
+
+    from alignkit.launch import launch, objective
+
+    assert isinstance(cfg, DictConfig)
+    try:
+        return objective(launch(cfg), cfg)
+    except UserError as e:
+        _remove_if_empty(Path(cfg.run.dir))
+        _leave(f"error: {e}", 2)
+    except Stopped as e:
+        _leave(f"\n{e}", 130)
+    except KeyboardInterrupt:
+        _leave("\nstopped at once; repeat the command to go on from the last checkpoint.", 130)
+    return None
+
+
+def hydra_words(words: list[str]) -> list[str]:
+    """``algo=x`` and ``preset=x`` with the plus that Hydra wants; unknown keys and options refused with a suggestion.
+
+    Raises:
+        UserError: a key that the schema does not have, a group option that does not exist.
+    """
+    from alignkit.catalog import options
+    from alignkit.config import GROUPS, schema_keys
+
+    words = [f"+{w}" if w.startswith("preset=") else w for w in words]
+    if not any(w.startswith("+preset=") for w in words):
+        words = [f"+{w}" if w.startswith("algo=") else w for w in words]
+    extra = [Path(words[i + 1]) for i, w in enumerate(words[:-1]) if w in ("--config-dir", "-cd")]
+    extra += [Path(w.partition("=")[2]) for w in words if w.startswith("--config-dir=")]
+    for word in words:
+        matched = re.match(r"^[+~]*([\w./@-]+)=(.*)$", word)
+        if not matched or word.startswith("-"):
+            continue
+        key, value = matched.groups()
+        if key in GROUPS and re.fullmatch(r"[\w,/.-]+", value):
+            known = options(key, extra)
+            for option in value.split(","):
+                if option not in known and option != "null":
+                    raise UserError(f"{key}={option}: there is no such {key}.{suggest(option, known)}")
+            continue
+        if key.startswith("hydra") or "/" in key or key in GROUPS:
+            continue
+        parts = key.split(".")
+        for depth, part in enumerate(parts):
+            above = ".".join(parts[:depth])
+            here = schema_keys(above)
+            if here is not None and part not in here:
+                where = f"{above}." if above else ""
+                raise UserError(f"{where}{part}: no such key.{suggest(part, here)}")
+    return words
+
+
+def evaluate_words(words: list[str]) -> list[str]:
+    """``RUN_OR_MODEL [overrides]`` as the words of the evaluate stage; a run brings its own data.
+
+    Raises:
+        UserError: no model named, or a path that is not there.
+    """
+    if not words or "=" in words[0] or words[0].startswith("-"):
+        raise UserError("evaluate: name a run directory, a model folder, a hub id or bundled:NAME first.")
+    model, rest = words[0], words[1:]
+    given = [] if any(w.startswith("data=") for w in rest) else _data_of(Path(model))
+    if not given and not any(w.startswith(("data=", "data.")) for w in rest):
+        raise UserError(f"evaluate: {model} is not a run, so name the data: data=NAME (see `alignkit list`).")
+    return ["+algo=evaluate", f"model.path={model}", *given, *rest]
+
+
+def _data_of(run: Path) -> list[str]:
+    """The words that chose the data of a run: its group option and its data.* overrides."""
+    import yaml
+
+    if not (run / ".hydra" / "hydra.yaml").exists():
+        return []
+    hydra = yaml.safe_load((run / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))["hydra"]
+    choice = hydra["runtime"]["choices"].get("data")
+    words = [w for w in hydra["overrides"]["task"] if w.lstrip("+").startswith("data.")]
+    return ([f"data={choice}"] if choice else []) + words
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Take back a directory in which nothing but Hydra's record lies."""
+    import shutil
+
+    if directory.is_dir() and all(p.name in (".hydra", "train.log") for p in directory.iterdir()):
+        shutil.rmtree(directory)
+
+
+def _leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)

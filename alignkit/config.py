@@ -1,0 +1,202 @@
+"""The schema of a run, and ``check``: every unknown, missing and ill-typed key at once, before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from alignkit.errors import UserError, suggest
+from alignkit.signature import Setting, settings_of
+
+GROUPS = ("model", "data", "reward", "algo", "preset")
+NEEDS = {  # what a stage cannot do without
+    "sft": ("data", "algo"),
+    "rl": ("data", "reward", "algo"),
+    "evaluate": ("data",),
+    "pipeline": ("steps",),
+}
+
+
+@dataclass
+class Lora:
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: Any = None  # null: what peft knows for the architecture; or a list of module names
+
+
+@dataclass
+class Model:
+    """The policy: loaded from ``path``, or built from ``config`` with a tokenizer trained on the data."""
+
+    path: str | None = None  # hub id, local folder, run directory, or bundled:NAME
+    kind: str = "auto"  # auto | causal | seq2seq
+    config: Any = None  # transformers settings of a model built from scratch; model_type is required
+    tokenizer: str | None = None  # id or folder; null: the model's own, or one trained on the data
+    vocab_size: int = 2000  # of a tokenizer trained on the data
+    dtype: str = "float32"
+    device: str = "auto"  # auto | cpu | cuda | mps
+    gradient_checkpointing: bool = False
+    lora: Lora | None = None
+
+
+@dataclass
+class Evaluate:
+    """How held-out rows are decoded and scored: the dev split during training, the test split at both ends."""
+
+    decode: str = "greedy"  # greedy | beam | sample
+    beams: int = 4
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    batch_size: int = 250
+    select: str = "bleu"  # dev metric that picks the best checkpoint: bleu | chrf | exact_match | reward
+    final: str = "best"  # best | last: which weights become final/
+    test: bool = True  # evaluate the test split before and after
+    rows: int | None = None  # at most this many rows of each split
+    bootstrap: int = 1000  # resamples behind the intervals
+
+
+@dataclass
+class RunSettings:
+    root: str = "runs"
+    name: str = "${name}-s${seed}-${signature:}"
+    dir: str = "${run.root}/${run.name}"
+    overwrite: bool = False  # start anew where the command has run before
+    save_every: int = 50  # steps between checkpoints
+    eval_every: int = 50  # steps between evaluations on dev; 0: never
+    keep: int = 2  # checkpoints kept besides the best
+    samples_every: int = 50  # steps between entries in samples.jsonl; 0: never
+    wandb: str = "auto"  # auto (online with a key, else offline) | online | offline | disabled
+    project: str = "alignkit"  # wandb project
+    threads: int | None = None  # CPU threads; null: torch's choice. Resume is exact for an equal count
+
+
+@dataclass
+class Config:
+    name: str = "unnamed"
+    stage: str = MISSING
+    seed: int = 0
+    model: Model = field(default_factory=Model)
+    data: dict[str, Any] = field(default_factory=dict)
+    reward: dict[str, Any] = field(default_factory=dict)
+    algo: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, Any] = field(default_factory=dict)  # of a pipeline: name → list of command-line words
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    run: RunSettings = field(default_factory=RunSettings)
+
+
+def signature(cfg: DictConfig) -> str:
+    """Eight hex digits of the resolved configuration without ``run``, ``name`` and ``hydra``."""
+    raw: Any = OmegaConf.to_container(cfg)
+    kept = OmegaConf.create({k: v for k, v in raw.items() if k not in ("run", "name", "hydra")})
+    resolved = OmegaConf.to_container(kept, resolve=True)
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def register() -> None:
+    """Make the schema and the ``${signature:}`` resolver known to Hydra. Can be called twice."""
+    from hydra.core.config_store import ConfigStore
+
+    OmegaConf.register_new_resolver("signature", lambda _root_: signature(_root_), replace=True)
+    schema = OmegaConf.structured(Config)
+    for node in ("data", "reward", "algo", "steps"):
+        # open nodes, or a sweep over +algo with a fixed algo.lr fails (hydra #283, #2888); `check` closes them
+        OmegaConf.set_struct(schema[node], False)
+    ConfigStore.instance().store(name="schema", node=schema)
+
+
+def conf_dir() -> Path:
+    """The shipped configuration: inside an installed package, beside it in a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def schema_keys(prefix: str = "") -> list[str] | None:
+    """Keys under a dotted prefix of the schema; None for an open node or a leaf."""
+    node: Any = Config
+    for part in filter(None, prefix.split(".")):
+        found = {f.name: f for f in fields(node)}.get(part)
+        if found is None:
+            return None
+        node = {"model": Model, "evaluate": Evaluate, "run": RunSettings, "lora": Lora}.get(part)
+        if node is None or not is_dataclass(node):
+            return None
+    return [f.name for f in fields(node)]
+
+
+def check(cfg: DictConfig) -> None:
+    """Compare a composed configuration with what its classes accept.
+
+    Walks every ``_target_`` and compares keys and scalar types with the class signature, read from source, so
+    that torch is not imported. Raises ``UserError`` listing all that is wrong.
+    """
+    wrong: list[str] = []
+    stage = cfg.stage if not OmegaConf.is_missing(cfg, "stage") else None
+    if stage not in NEEDS:
+        wrong.append(f"stage: '{stage}' is not a stage.{suggest(str(stage), NEEDS)} Name a method with +algo=NAME.")
+    else:
+        for node in NEEDS[stage]:
+            if not cfg.get(node):
+                wrong.append(f"{node}: the {stage} stage needs one; choose it with {node}=NAME (see `alignkit list`).")
+    for name, allowed in (
+        ("model.kind", ("auto", "causal", "seq2seq")),
+        ("evaluate.decode", ("greedy", "beam", "sample")),
+        ("evaluate.final", ("best", "last")),
+        ("run.wandb", ("auto", "online", "offline", "disabled")),
+        ("model.dtype", ("float32", "bfloat16", "float16")),
+    ):
+        chosen = OmegaConf.select(cfg, name)
+        if chosen not in allowed:
+            wrong.append(f"{name}: must be one of {', '.join(allowed)}; is '{chosen}'.")
+    for name in ("run.save_every", "run.keep", "evaluate.batch_size", "evaluate.max_new_tokens", "evaluate.beams"):
+        if OmegaConf.select(cfg, name) < 1:
+            wrong.append(f"{name}: must be at least 1.")
+    for node in ("data", "reward", "algo"):
+        value: Any = OmegaConf.to_container(cfg[node], resolve=True)
+        if not value:
+            continue
+        if "_target_" not in value:
+            wrong.append(
+                f"{node}: names no _target_; choose {node}=NAME (see `alignkit list`) or give {node}._target_."
+            )
+            continue
+        _walk(value, node, wrong)
+    if wrong:
+        raise UserError("the configuration cannot be run:\n" + "\n".join(f"  - {line}" for line in wrong))
+
+
+def _walk(value: Any, path: str, wrong: list[str]) -> None:
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            _walk(item, f"{path}[{i}]", wrong)
+    if not isinstance(value, dict):
+        return
+    if "_target_" in value:
+        try:
+            settings = settings_of(value["_target_"])
+        except (ImportError, AttributeError) as e:
+            wrong.append(f"{path}._target_: {e}")
+            return
+        if settings is not None:
+            _compare(value, settings, path, wrong)
+    for key, item in value.items():
+        _walk(item, f"{path}.{key}", wrong)
+
+
+def _compare(value: dict[str, Any], settings: dict[str, Setting], path: str, wrong: list[str]) -> None:
+    given = {k: v for k, v in value.items() if k not in ("_target_", "_recursive_", "_convert_", "_partial_")}
+    for key, item in given.items():
+        if key not in settings:
+            wrong.append(f"{path}.{key}: unknown.{suggest(key, settings)}")
+        elif item == "???":
+            wrong.append(f"{path}.{key}: must be given.")
+        elif not settings[key].accepts(item):
+            wrong.append(f"{path}.{key}: must be {settings[key].type}, is {item!r}.")
+    for key, setting in settings.items():
+        if setting.required and key not in given:
+            wrong.append(f"{path}.{key}: must be given.")

@@ -1,0 +1,272 @@
+"""Rows from bundled files, local files, the hub and run directories, rendered through templates.
+
+A row is a dict: every column of the source, plus ``prompt`` (text or chat messages), ``response`` (text, absent
+for prompt-only data), ``references`` (accepted answers) and ``id`` (its index). The other columns reach the
+reward untouched.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import UserError, suggest
+
+BUNDLED = Path(__file__).parent / "assets" / "data"
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+Row = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Where the rows of each split come from and how they are rendered.
+
+    A source is ``bundled:NAME``, a file (.jsonl .json .csv .tsv .parquet .txt, also .gz), a run directory
+    that holds ``data.jsonl``, or a hub data set ``hf:NAME[:SPLIT]`` (also ``hf:./folder``).
+    """
+
+    train: str | None = None  # source of the training rows
+    dev: str | None = None  # source of the rows that pick the best checkpoint
+    test: str | None = None  # source of the rows that are reported
+    prompt: str = "{prompt}"  # template over the columns
+    response: str | None = None  # template over the columns; null: prompts only
+    references: str | None = None  # column of accepted answers (text or list of texts); null: the response
+    messages: str | None = None  # column of chat messages; the last assistant turn is the response
+    chat: bool = False  # send the prompt as one user turn through the tokenizer's chat template
+    system: str | None = None  # system message put before a chat
+    unique: bool = False  # keep the first training row of each prompt
+    limit: int | None = None  # use at most this many training rows
+    show: int = 0  # print this many rendered rows, trained tokens marked, and stop
+
+    def __post_init__(self) -> None:
+        self._read: dict[str, list[Row]] = {}
+
+    def rows(self, split: str) -> list[Row]:
+        """The rendered rows of ``train``, ``dev`` or ``test``; empty when the split has no source.
+
+        Raises:
+            UserError: missing or malformed file, missing column, field that is not text, no rows.
+        """
+        if split in self._read:
+            return self._read[split]
+        source = getattr(self, split)
+        if source is None:
+            return []
+        rows: list[Row] = []
+        seen = set()
+        for where, columns in read(source):
+            row = self._render(columns, where, len(rows))
+            if split == "train" and self.unique:
+                key = json.dumps(row["prompt"])
+                if key in seen:
+                    continue
+                seen.add(key)
+            rows.append(row)
+            if split == "train" and self.limit and len(rows) == self.limit:
+                break
+        if not rows:
+            raise UserError(f"{source}: no rows. Point data.{split} at a file with at least one.")
+        self._read[split] = rows
+        return rows
+
+    def fingerprint(self) -> dict[str, str]:
+        """Split → SHA-256 of its source, for the run record and for the check on resume."""
+        return {split: hash_source(source) for split in ("train", "dev", "test") if (source := getattr(self, split))}
+
+    def _render(self, columns: Row, where: str, index: int) -> Row:
+        row = {**columns, "id": index}
+        if self.messages:
+            row["prompt"], row["response"] = _conversation(columns, self.messages, where)
+        else:
+            row["prompt"] = _fill(self.prompt, columns, where, "data.prompt")
+            if self.chat:
+                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+            row["response"] = None
+            # held-out rows may carry their answers in `references` alone
+            if self.response is not None and (_has(self.response, columns) or self.references not in columns):
+                row["response"] = _fill(self.response, columns, where, "data.response")
+        if self.system is not None and isinstance(row["prompt"], list):
+            row["prompt"] = [{"role": "system", "content": self.system}, *row["prompt"]]
+        references = columns.get(self.references) if self.references else None
+        if references is None:
+            references = [] if row["response"] is None else [row["response"]]
+        elif isinstance(references, str):
+            references = [references]
+        if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
+            raise UserError(f"{where}: column '{self.references}' must be a text or a list of texts.")
+        row["references"] = references
+        if row["response"] is None and references:
+            row["response"] = references[0]
+        return row
+
+
+def overlap(train: list[Row], held_out: list[Row]) -> int:
+    """How many held-out rows have a prompt that stands word for word in the training rows."""
+    seen = {json.dumps(row["prompt"]) for row in train}
+    return sum(json.dumps(row["prompt"]) in seen for row in held_out)
+
+
+def read(source: str) -> Iterator[tuple[str, Row]]:
+    """(place, columns) of every row of a source; the place ("file, line 3") is for messages."""
+    if source.startswith("hf:"):
+        yield from _read_hub(source.removeprefix("hf:"))
+        return
+    path = locate(source)
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix == ".parquet":
+        import pyarrow.parquet
+
+        for i, columns in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
+            yield f"{path}, row {i + 1}", columns
+        return
+    text = _text(path)
+    if suffix in (".csv", ".tsv"):
+        reader = csv.DictReader(text.split("\n"), delimiter="," if suffix == ".csv" else "\t")
+        for columns in reader:
+            if None in columns or None in columns.values():
+                raise UserError(
+                    f"{path}, line {reader.line_num}: has {'more' if None in columns else 'fewer'} fields than the "
+                    f"header ({', '.join(reader.fieldnames or [])}). Quote fields that contain the delimiter."
+                )
+            yield f"{path}, line {reader.line_num}", columns
+    elif suffix == ".txt":
+        for i, line in enumerate(text.split("\n")):
+            if line.strip():
+                yield f"{path}, line {i + 1}", {"text": line}
+    elif suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            items = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{path}, line {e.lineno}: not valid JSON ({e.msg}).") from None
+        for i, columns in enumerate(items):
+            yield f"{path}, row {i + 1}", _object(columns, f"{path}, row {i + 1}")
+    else:
+        # split on \n alone: U+0085 and U+2028 may stand inside a JSON string, and splitlines() would cut there
+        for i, line in enumerate(text.split("\n")):
+            if line.strip():
+                where = f"{path}, line {i + 1}"
+                try:
+                    columns = json.loads(line)
+                except json.JSONDecodeError as e:
+                    raise UserError(f"{where}: not valid JSON ({e.msg} at column {e.colno}).") from None
+                yield where, _object(columns, where)
+
+
+def locate(source: str) -> Path:
+    """The file behind a source that is not on the hub.
+
+    Raises:
+        UserError: there is no such file, or its ending is not one that is read.
+    """
+    if source.startswith("bundled:"):
+        path = BUNDLED / source.removeprefix("bundled:")
+        if not path.exists():
+            raise UserError(f"{source}: not bundled.{suggest(path.name, [p.name for p in BUNDLED.glob('*')])}")
+        return path
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "data.jsonl").exists():
+            raise UserError(f"{path}: a folder without data.jsonl. Name a file, or a hub data set as hf:NAME.")
+        return path / "data.jsonl"
+    if not path.exists():
+        near = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        hint = (
+            f" It looks like a hub data set: write hf:{source}." if source.count("/") == 1 and not path.suffix else ""
+        )
+        raise UserError(f"{source}: no such file.{hint or suggest(path.name, near)}")
+    if Path(path.name.removesuffix(".gz")).suffix not in SUFFIXES:
+        raise UserError(f"{path}: cannot read this kind of file. Use one of {', '.join(SUFFIXES)} (or those with .gz).")
+    return path
+
+
+def hash_source(source: str) -> str:
+    """SHA-256 of a file's bytes; for hub data, the fingerprint that ``datasets`` keeps."""
+    if source.startswith("hf:"):
+        return str(_load_hub(source.removeprefix("hf:"))._fingerprint)
+    digest = hashlib.sha256()
+    with open(locate(source), "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _text(path: Path) -> str:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as f:
+        raw = f.read()
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as e:
+        line = raw[: e.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}, line {line}: not UTF-8 (byte 0x{raw[e.start]:02x}). Convert it first, for example with "
+            f"iconv -f WINDOWS-1252 -t UTF-8."
+        ) from None
+
+
+def _read_hub(name: str) -> Iterator[tuple[str, Row]]:
+    for i, columns in enumerate(_load_hub(name)):
+        yield f"hf:{name}, row {i + 1}", dict(columns)
+
+
+def _load_hub(name: str) -> Any:
+    import datasets
+
+    path, _, split = name.partition(":")
+    try:
+        return datasets.load_dataset(path, split=split or "train")
+    except Exception as e:  # the library raises many kinds: offline, unknown name, unknown split, gated
+        raise UserError(
+            f"hf:{name}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'cannot load'}"
+        ) from None
+
+
+def _object(columns: Any, where: str) -> Row:
+    if not isinstance(columns, dict):
+        raise UserError(f"{where}: must be a JSON object, is a {type(columns).__name__}.")
+    return columns
+
+
+def _fields(template: str) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+
+
+def _has(template: str, columns: Row) -> bool:
+    return all(name in columns for name in _fields(template))
+
+
+def _fill(template: str, columns: Row, where: str, key: str) -> str:
+    values = {}
+    for name in _fields(template):
+        if name not in columns:
+            raise UserError(f"{where}: no column '{name}', which {key} asks for.{suggest(name, columns)}")
+        values[name] = columns[name]
+        if not isinstance(values[name], str):
+            kind = "null" if values[name] is None else type(values[name]).__name__
+            raise UserError(f"{where}: column '{name}' must be text for {key}, is {kind} ({values[name]!r}).")
+    return template.format(**values)
+
+
+def _conversation(columns: Row, column: str, where: str) -> tuple[list[Row], str | None]:
+    """Chat messages → (turns before the last assistant turn, that turn's text)."""
+    if column not in columns:
+        raise UserError(f"{where}: no column '{column}', which data.messages asks for.{suggest(column, columns)}")
+    turns = columns[column]
+    good = (
+        isinstance(turns, list)
+        and turns
+        and all(
+            isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns
+        )
+    )
+    if not good:
+        raise UserError(f"{where}: column '{column}' must be a list of {{role, content}} messages with text contents.")
+    if turns[-1]["role"] == "assistant":
+        return turns[:-1], turns[-1]["content"]
+    return turns, None

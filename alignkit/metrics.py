@@ -1,0 +1,112 @@
+"""Corpus metrics with bootstrap intervals: BLEU, chrF, exact match, length ratio, mean reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from sacrebleu.metrics import BLEU, CHRF
+
+SEED = 12345  # of the resamples; the same rows are drawn for two systems, so that differences are paired
+
+
+@dataclass
+class Sentences:
+    """Sufficient statistics of each row: a corpus metric is a function of their (weighted) sum."""
+
+    stats: dict[str, np.ndarray]  # metric → (N, S) float64
+
+    def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """(W, N) row weights → metric → (W,) corpus scores."""
+        return {name: _SCORE[name](weights @ stats) for name, stats in self.stats.items()}
+
+
+def sentences(responses: list[str], references: list[list[str]], rewards: list[float] | None = None) -> Sentences:
+    """Statistics of N responses against their accepted answers; rows may have any number of these.
+
+    With no references at all only ``reward`` is there.
+    """
+    stats: dict[str, np.ndarray] = {}
+    if responses and all(references):
+        width = max(len(r) for r in references)
+        streams: list[list[str | None]] = [[r[j] if j < len(r) else None for r in references] for j in range(width)]
+        bleu = np.array(_bleu()._extract_corpus_statistics(responses, streams), dtype=float)
+        stats["bleu"] = bleu
+        stats["chrf"] = np.array(_chrf()._extract_corpus_statistics(responses, streams), dtype=float)
+        exact = [float(y in r) for y, r in zip(responses, references, strict=True)]
+        stats["exact_match"] = _with_count(exact)
+        stats["length_ratio"] = bleu[:, :2]  # (system length, closest reference length)
+    if rewards is not None:
+        stats["reward"] = _with_count(rewards)
+    return Sentences(stats)
+
+
+def summary(s: Sentences, resamples: int) -> dict[str, dict[str, float]]:
+    """Metric → value, 95 % percentile-bootstrap interval and n."""
+    n = _rows(s)
+    point = s.scores(np.ones((1, n)))
+    drawn = s.scores(_weights(n, resamples)) if resamples else {}
+    return {name: {"value": float(point[name][0]), **_interval(drawn.get(name)), "n": n} for name in point}
+
+
+def difference(before: Sentences, after: Sentences, resamples: int) -> dict[str, dict[str, float]]:
+    """Metric → after − before with a paired 95 % interval and the share of resamples in which it is above 0."""
+    n = _rows(before)
+    one, weights = np.ones((1, n)), _weights(n, resamples)
+    point = {k: after.scores(one)[k] - v for k, v in before.scores(one).items()}
+    after_drawn = after.scores(weights)
+    drawn = {k: after_drawn[k] - v for k, v in before.scores(weights).items()}
+    return {
+        k: {"value": float(point[k][0]), **_interval(drawn[k]), "above_zero": float((drawn[k] > 0).mean()), "n": n}
+        for k in point
+    }
+
+
+def signatures() -> dict[str, str]:
+    """sacrebleu's own description of how BLEU and chrF were computed."""
+    return {"bleu": str(_bleu().get_signature()), "chrf": str(_chrf().get_signature())}
+
+
+@cache
+def _bleu() -> Any:
+    return BLEU()
+
+
+@cache
+def _chrf() -> Any:
+    return CHRF()
+
+
+def _rows(s: Sentences) -> int:
+    return len(next(iter(s.stats.values())))
+
+
+def _weights(n: int, resamples: int) -> np.ndarray:
+    return np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
+
+
+def _with_count(values: list[float]) -> np.ndarray:
+    return np.stack([np.asarray(values, dtype=float), np.ones(len(values))], axis=1)
+
+
+def _interval(drawn: np.ndarray | None) -> dict[str, float]:
+    if drawn is None:
+        return {}
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {"low": float(low), "high": float(high)}
+
+
+def _sacre(metric: Any, sums: np.ndarray) -> np.ndarray:
+    whole = [[int(x) for x in row] for row in sums]
+    return np.array([metric._compute_score_from_stats(row).score for row in whole])
+
+
+_SCORE = {
+    "bleu": lambda sums: _sacre(_bleu(), sums),
+    "chrf": lambda sums: _sacre(_chrf(), sums),
+    "exact_match": lambda sums: 100 * sums[:, 0] / sums[:, 1],
+    "length_ratio": lambda sums: sums[:, 0] / sums[:, 1],
+    "reward": lambda sums: sums[:, 0] / sums[:, 1],
+}

@@ -1,0 +1,405 @@
+"""The model being aligned: it generates, and it scores responses token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging as transformers_logging
+
+from alignkit import ops
+from alignkit.batch import Batch
+from alignkit.config import Lora, Model
+from alignkit.data import Row
+from alignkit.decode import Decode, decode, positions, takes
+from alignkit.errors import UserError, suggest
+
+transformers_logging.disable_progress_bar()  # the run has a bar of its own
+
+BUNDLED = Path(__file__).parent / "assets" / "models"
+
+
+class Policy:
+    """A causal or encoder–decoder language model behind one interface."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.eos = _eos_ids(model, tokenizer)
+        self.pad = tokenizer.pad_token_id
+        self._takes_positions = takes(model, "position_ids")
+        self._start: list[int] = []
+        if self.is_encoder_decoder:
+            self._start = [model.config.decoder_start_token_id]
+            forced = getattr(model.generation_config, "forced_bos_token_id", None)
+            if forced is not None:
+                self._start.append(forced)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Longest prompt the positions allow; large when the architecture sets no limit."""
+        limit = getattr(self.model.config, "max_position_embeddings", None) or getattr(
+            self.model.config, "n_positions", None
+        )
+        relative = self.model.config.model_type in ("t5", "mt5", "umt5", "longt5")
+        return 10**9 if relative or not limit else int(limit)
+
+    def encode_prompts(self, rows: list[Row]) -> list[list[int]]:
+        """Token ids of each row's prompt; chat messages go through the tokenizer's own template.
+
+        Raises:
+            UserError: a prompt longer than the model's positions, or a chat without a chat template.
+        """
+        texts = [row["prompt"] for row in rows]
+        plain = [t for t in texts if isinstance(t, str)]
+        encoded = iter(self.tokenizer(plain)["input_ids"] if plain else [])
+        ids = []
+        for row, text in zip(rows, texts, strict=True):
+            if isinstance(text, str):
+                one = next(encoded)
+                if not self.is_encoder_decoder and one and one[-1] in self.eos:
+                    one = one[:-1]  # some tokenizers close every text; a causal prompt must stay open
+            else:
+                if not self.tokenizer.chat_template:
+                    raise UserError(
+                        "the data are chat messages, but the tokenizer has no chat template. Use an instruct model, "
+                        "or render the prompt as text with data.prompt."
+                    )
+                one = self.tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=True)[
+                    "input_ids"
+                ]
+            if len(one) > self.max_prompt_tokens:
+                raise UserError(
+                    f"the prompt of row {row['id']} has {len(one)} tokens; the model takes {self.max_prompt_tokens}: "
+                    f"{str(text)[:60]!r}… Shorten or drop such rows."
+                )
+            ids.append(one)
+        return ids
+
+    def encode_responses(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, closed with the end-of-sequence token."""
+        if self.is_encoder_decoder:
+            encoded = self.tokenizer(text_target=texts)["input_ids"]
+            # what the decoder is given as its prefix is not part of the response
+            skip = len(self._start) - 1
+            encoded = [ids[skip:] if skip and ids[:skip] == self._start[1:] else ids for ids in encoded]
+        else:
+            encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [ids if ids and ids[-1] in self.eos else [*ids, self.eos[0]] for ids in encoded]
+
+    def demonstrations(self, rows: list[Row], max_tokens: int | None = None) -> Batch:
+        """Rows with their ``response`` as the response, one group each; longer responses are cut."""
+        return self._batch(rows, [ids[:max_tokens] for ids in self.encode_responses([r["response"] for r in rows])])
+
+    def generate(
+        self,
+        rows: list[Row],
+        n: int | list[int],
+        how: Decode,
+        *,
+        temperature: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        """Draw ``n`` responses to each row (or ``n[i]`` to row i); they form one group, adjacent.
+
+        The batch carries the ``logprobs`` of the drawn tokens, and ``extra["entropy"]`` where asked for.
+        """
+        counts = torch.tensor([n] * len(rows) if isinstance(n, int) else n)
+        prompt_ids, prompt_mask = self._pad(self.encode_prompts(rows), "right" if self.is_encoder_decoder else "left")
+        training = self.model.training
+        self.model.eval()
+        out = decode(
+            self.model, prompt_ids, prompt_mask, counts.to(self.device), how,
+            eos=self.eos, pad=self.pad, start=self._start, temperature=temperature, generator=generator,
+        )  # fmt: skip
+        self.model.train(training)
+        owner = torch.arange(len(rows)).repeat_interleave(counts)
+        index = owner.to(self.device)
+        return Batch(
+            prompt_ids=prompt_ids[index],
+            prompt_mask=prompt_mask[index],
+            response_ids=out.ids,
+            mask=out.mask,
+            group=index,
+            rows=[rows[i] for i in owner.tolist()],
+            responses=self.decode_text(out.ids, out.mask),
+            logprobs=out.logprobs,
+            extra={} if out.entropy is None else {"entropy": out.entropy},
+        )
+
+    def decode_text(self, ids: Tensor, mask: Tensor) -> list[str]:
+        """(B, T) ids → B texts without special tokens."""
+        kept = [row[: int(m.sum())].tolist() for row, m in zip(ids, mask, strict=True)]
+        return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
+
+    def forward(self, batch: Batch, temperature: Tensor | None = None) -> Tensor:
+        """Log-probabilities (B, T) float32 of the batch's response tokens, 0 where the mask is false.
+
+        ``temperature`` (B,) divides the logits of each row first. An encoder reads each prompt once, however
+        many responses its group has.
+        """
+        logits = self._seq2seq_logits(batch) if self.is_encoder_decoder else self._causal_logits(batch)
+        if temperature is not None:
+            logits = logits / temperature[:, None, None]
+        return ops.token_logprobs(logits, batch.response_ids) * batch.mask
+
+    def _seq2seq_logits(self, batch: Batch) -> Tensor:
+        _, index, sizes = torch.unique_consecutive(batch.group, return_inverse=True, return_counts=True)
+        first = sizes.cumsum(0) - sizes
+        mask = batch.prompt_mask.long()
+        encoded = self.model.get_encoder()(input_ids=batch.prompt_ids[first], attention_mask=mask[first])
+        start = torch.tensor([self._start], device=self.device).expand(len(batch), -1)
+        out = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.last_hidden_state[index]),
+            attention_mask=mask,
+            decoder_input_ids=torch.cat([start, batch.response_ids[:, :-1]], dim=1),
+            use_cache=False,
+        )
+        return out.logits[:, len(self._start) - 1 :]
+
+    def _causal_logits(self, batch: Batch) -> Tensor:
+        mask = torch.cat([batch.prompt_mask, batch.mask], dim=1).long()
+        extra = {"position_ids": positions(mask)} if self._takes_positions else {}
+        width = batch.response_ids.shape[1]
+        out = self.model(
+            input_ids=torch.cat([batch.prompt_ids, batch.response_ids], dim=1),
+            attention_mask=mask,
+            use_cache=False,
+            logits_to_keep=width + 1,  # no logits at prompt positions but the last
+            **extra,
+        )
+        return out.logits[:, :-1]
+
+    def beam(self, rows: list[Row], beams: int, max_new_tokens: int) -> Batch:
+        """The best of a beam search for each row, by transformers' own search."""
+        prompt_ids, prompt_mask = self._pad(self.encode_prompts(rows), "right" if self.is_encoder_decoder else "left")
+        out = self.model.generate(
+            input_ids=prompt_ids, attention_mask=prompt_mask.long(), num_beams=beams, do_sample=False,
+            max_new_tokens=max_new_tokens, pad_token_id=self.pad, eos_token_id=self.eos,
+        )  # fmt: skip
+        ids = out[:, len(self._start) if self.is_encoder_decoder else prompt_ids.shape[1] :]
+        ended = torch.isin(ids, torch.tensor(self.eos, device=ids.device)).long()
+        mask = ended.cumsum(1) - ended == 0  # up to and with the first end-of-sequence token
+        group = torch.arange(len(rows), device=self.device)
+        return Batch(prompt_ids, prompt_mask, ids, mask, group, rows, self.decode_text(ids, mask))
+
+    def restore(self, checkpoint: Path) -> None:
+        """Load the weights of a checkpoint of this very policy in place."""
+        source = type(self.model).from_pretrained(checkpoint) if not hasattr(self.model, "peft_config") else None
+        if source is not None:
+            self.model.load_state_dict(source.state_dict())
+        else:
+            self.model.load_adapter(checkpoint, adapter_name="default")
+
+    def save(self, path: Path) -> None:
+        """Write a plain ``save_pretrained`` folder."""
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+    def lint(self) -> list[str]:
+        """What is wrong with the special tokens, as sentences: an empty list when nothing is."""
+        found = []
+        if self.pad in self.eos:
+            found.append(
+                "pad_token is eos_token: the end of a response cannot be told from padding by its id. alignkit masks by "
+                "position, but other tools may train a model that never stops; give the tokenizer a pad token of its own."
+            )
+        return found
+
+    def _batch(self, rows: list[Row], responses: list[list[int]]) -> Batch:
+        prompt_ids, prompt_mask = self._pad(self.encode_prompts(rows), "right" if self.is_encoder_decoder else "left")
+        ids, mask = self._pad(responses, "right")
+        return Batch(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            response_ids=ids,
+            mask=mask,
+            group=torch.arange(len(rows), device=self.device),
+            rows=rows,
+            responses=[row["response"] for row in rows],
+        )
+
+    def _pad(self, sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+        width = max(len(s) for s in sequences)
+        ids, mask = [], []
+        for s in sequences:
+            fill = [self.pad] * (width - len(s))
+            ids.append(fill + s if side == "left" else s + fill)
+            ones, zeros = [True] * len(s), [False] * len(fill)
+            mask.append(zeros + ones if side == "left" else ones + zeros)
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+
+
+def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None = None) -> Policy:  # type: ignore[assignment]
+    """The policy that ``cfg`` describes, with the weights of ``checkpoint`` where a run goes on.
+
+    Args:
+        texts: what a tokenizer is trained on, where the model is built from scratch.
+
+    Raises:
+        UserError: no such model, a folder without weights, a model of the other kind, no end-of-sequence token.
+    """
+    device = cfg.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = getattr(torch, cfg.dtype)
+    if checkpoint and not cfg.lora:
+        model, tokenizer = _pretrained(str(checkpoint), cfg, dtype)
+    elif cfg.path:
+        model, tokenizer = _pretrained(resolve(cfg.path), cfg, dtype)
+    elif cfg.config:
+        model, tokenizer = _from_scratch(cfg, texts, seed)
+        model = model.to(dtype)
+    else:
+        raise UserError("model: give model.path (an id, a folder, a run) or model.config (built from scratch).")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no end-of-sequence token, so a response could never end. Set eos_token in it."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if cfg.lora:
+        model = _with_lora(model, cfg.lora, checkpoint)
+    return Policy(model.to(device).eval(), tokenizer)
+
+
+def resolve(path: str) -> str:
+    """``bundled:NAME`` and run directories → the folder that holds the weights; the rest is returned as is.
+
+    Raises:
+        UserError: unknown bundled name, a folder without a model in it.
+    """
+    if path.startswith("bundled:"):
+        folder = BUNDLED / path.removeprefix("bundled:")
+        if not folder.is_dir():
+            raise UserError(
+                f"model.path={path}: not bundled.{suggest(folder.name, [p.name for p in BUNDLED.glob('*')])}"
+            )
+        return str(folder)
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise UserError(f"model.path={path}: no such folder.")
+        return path  # a hub id
+    if (folder / "final").is_dir():
+        folder = folder / "final"
+    elif not (folder / "config.json").exists():
+        saved = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+        if not saved:
+            raise UserError(f"model.path={path}: neither a model (config.json) nor a run with final/ or checkpoint-N/.")
+        folder = saved[-1]
+    weights = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name.endswith(".safetensors.index.json")]
+    if not weights:
+        raise UserError(f"model.path={path}: {folder} has no weights (*.safetensors). Other formats are not loaded.")
+    return str(folder)
+
+
+def _pretrained(path: str, cfg: Model, dtype: torch.dtype) -> tuple[Any, Any]:
+    try:
+        config = AutoConfig.from_pretrained(path)
+        kind = "seq2seq" if config.is_encoder_decoder else "causal"
+        if cfg.kind not in ("auto", kind):
+            raise UserError(f"model.path={path} is a {kind} model, but model.kind={cfg.kind} was asked for.")
+        auto = AutoModelForSeq2SeqLM if kind == "seq2seq" else AutoModelForCausalLM
+        model = auto.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer or path)
+    except (OSError, ValueError, KeyError) as e:
+        reason = str(e).split("\n")[0]
+        raise UserError(
+            f"model.path={path}: cannot be loaded ({type(e).__name__}: {reason}). Check the id or folder; with "
+            f"HF_HUB_OFFLINE=1 only what lies in the cache is found."
+        ) from None
+    return model, tokenizer
+
+
+def _from_scratch(cfg: Model, texts: list[str], seed: int) -> tuple[Any, Any]:
+    settings = dict(cfg.config)
+    tokenizer = (
+        AutoTokenizer.from_pretrained(cfg.tokenizer) if cfg.tokenizer else train_tokenizer(texts, cfg.vocab_size)
+    )
+    if "model_type" not in settings:
+        raise UserError("model.config: give model_type (for example m2m_100, t5, llama); the rest are its settings.")
+    try:
+        config = AutoConfig.for_model(
+            settings.pop("model_type"),
+            **{
+                "vocab_size": len(tokenizer),
+                "pad_token_id": tokenizer.pad_token_id,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "decoder_start_token_id": tokenizer.bos_token_id,
+                **settings,
+            },
+        )
+    except ValueError as e:
+        raise UserError(f"model.config: {str(e).splitlines()[0]}") from None
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    torch.manual_seed(seed)
+    return auto.from_config(config), tokenizer
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: every text can be written, none is unknown, and decoding gives it back."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _with_lora(model: Any, lora: Lora, checkpoint: Path | None) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if checkpoint:
+        return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+    targets = lora.target_modules
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets if targets is None or isinstance(targets, str) else list(targets),
+            task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        ),
+    )
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokenizer's end-of-sequence id first, then what the generation config adds."""
+    extra = model.generation_config.eos_token_id if model.generation_config else None
+    ids = [tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])]
+    return list(dict.fromkeys(i for i in ids if i is not None))

@@ -1,0 +1,514 @@
+"""A run: its directory, its record, its checkpoints, and *the* optimizer step."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from alignkit import __version__
+from alignkit.batch import Batch, Loss
+from alignkit.data import Row
+from alignkit.errors import Stopped, UserError
+from alignkit.progress import Progress
+from alignkit.tracking import Tracker
+
+
+class Run:
+    """The directory ``cfg.run.dir`` and all that is written into it.
+
+    A step depends on (weights, optimizer, seed, step number) and on the algorithm's saved state only: rows are
+    drawn by index and generators are seeded from (seed, step), so a stopped run ends bit for bit where an
+    unbroken one does (for an equal number of threads).
+    """
+
+    def __init__(self, cfg: DictConfig, fingerprint: dict[str, str], command: list[str]) -> None:
+        self.cfg = cfg
+        self.dir = Path(cfg.run.dir)
+        self.seed: int = cfg.seed
+        self.ledger: dict[str, float] = {}
+        self.resumes = 0
+        self.best: dict[str, float] | None = None  # {"step": …, "value": …} on dev
+        self.before: dict[str, Any] | None = None  # evaluation before training
+        self.state: dict[str, Any] = {}  # of the checkpoint that is resumed
+        self.stop_asked = False
+        self._seen: dict[str, float] = {}  # the ledger when `speed` was last asked
+        self._order: tuple[int, int, list[int]] = (-1, -1, [])
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.checkpoint = self._latest()
+        if self.checkpoint:
+            self._read_state(fingerprint)
+            self._seen = dict(self.ledger)
+        self._start_record(fingerprint, command)
+        self.progress = Progress(f"{cfg.name} s{cfg.seed}")
+        self.tracker = Tracker(cfg, self.dir)
+
+    def close(self) -> None:
+        """Close the bar and the tracker, however the run ended."""
+        self.progress.close()
+        self.tracker.finish()
+
+    # ---- drawing -------------------------------------------------------------------------------------------
+
+    def draw(self, rows: list[Row], count: int, step: int) -> list[Row]:
+        """The ``count`` rows of ``step``: a fresh permutation each epoch, found by position, no cursor to lose."""
+        drawn = []
+        for position in range(step * count, (step + 1) * count):
+            epoch, index = divmod(position, len(rows))
+            if self._order[:2] != (epoch, len(rows)):
+                order = torch.randperm(len(rows), generator=self.generator(epoch, "order")).tolist()
+                self._order = (epoch, len(rows), order)
+            drawn.append(rows[self._order[2][index]])
+        return drawn
+
+    def generator(self, step: int, purpose: str) -> torch.Generator:
+        """A generator that depends on the seed, the step and what it is for, and on nothing else."""
+        return torch.Generator().manual_seed(self._seed(step, purpose))
+
+    def seed_globally(self, step: int) -> None:
+        """Seed torch's own generator, which dropout draws from."""
+        torch.manual_seed(self._seed(step, "global"))
+
+    def _seed(self, step: int, purpose: str) -> int:
+        digest = hashlib.sha256(f"{self.seed}/{purpose}/{step}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+    # ---- the loop's frame ----------------------------------------------------------------------------------
+
+    def optimizer(self, model: torch.nn.Module, algo: Any) -> torch.optim.Optimizer:
+        """Fused AdamW over what is trained, with the state of the checkpoint that is resumed."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        adamw = torch.optim.AdamW(
+            trained, lr=algo.lr, betas=tuple(algo.betas), weight_decay=algo.weight_decay, fused=True
+        )
+        if self.checkpoint:
+            adamw.load_state_dict(torch.load(self.checkpoint / "state" / "optimizer.pt", weights_only=True))
+        return adamw
+
+    @contextmanager
+    def training(self, steps: int) -> Iterator[None]:
+        """Show the bar; turn the first Ctrl-C or SIGTERM into a stop after the step, the second into one at once."""
+
+        def ask(signum: int, frame: Any) -> None:
+            if self.stop_asked:
+                raise KeyboardInterrupt
+            self.stop_asked = True
+            self.progress.say("stopping after this step (again: at once) …")
+
+        old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.progress.start(self.first_step, steps)
+        try:
+            yield
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+            self.progress.close()
+
+    def end_step(
+        self, done: int, steps: int, metrics: dict[str, float], policy: Any, optimizer: Any, algo: Any, held_out: Any
+    ) -> None:
+        """What follows a step, ``done`` steps being finished: dev evaluation, log, checkpoint, stop where asked.
+
+        Raises:
+            Stopped: after Ctrl-C or SIGTERM, with the state saved.
+        """
+        every = self.cfg.run.eval_every
+        better = False
+        if every and (done % every == 0 or done == steps):
+            dev = held_out.dev(policy)
+            metrics = {**metrics, **dev}
+            better = bool(dev) and self._improved(done, held_out.selected(dev))
+        self.log(done, metrics)
+        if better or self.stop_asked or done % self.cfg.run.save_every == 0 or done == steps:
+            self.save(done, policy, optimizer, algo.state())
+        if self.stop_asked and done < steps:
+            raise Stopped(
+                f"stopped after step {done}, saved in {self.dir}/checkpoint-{done}. Repeat the command to go on."
+            )
+
+    # ---- the optimizer step --------------------------------------------------------------------------------
+
+    def update(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[Batch], Loss],
+        parts: list[Batch],
+        max_grad_norm: float,
+        step: int,
+        lr: float,
+    ) -> dict[str, float]:
+        """One optimizer step at rate ``lr`` on the mean over all parts: sums are accumulated, then divided once.
+
+        Raises:
+            UserError: a loss or gradient that is not finite; the weights are not touched.
+        """
+        total, count = 0.0, 0.0
+        metrics: dict[str, float] = {}
+        optimizer.zero_grad(set_to_none=True)
+        for part in parts:
+            one = loss(part)
+            one.total.backward()
+            total, count = total + float(one.total.detach()), count + one.count
+            for name, value in one.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + value * one.count
+        count = count or 1.0
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        for p in parameters:
+            assert p.grad is not None
+            p.grad.div_(count)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+        if not math.isfinite(total) or not math.isfinite(norm):
+            optimizer.zero_grad(set_to_none=True)
+            last = self._latest()
+            raise UserError(
+                f"step {step}: the {'loss' if not math.isfinite(total) else 'gradient'} is not finite; the weights of "
+                f"this step were not changed. "
+                + (f"The last good state is {last}. " if last else "")
+                + "Lower algo.lr, warm up longer, or look at the rows of this step."
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        return {"loss": total / count, "grad_norm": norm, **{k: v / count for k, v in metrics.items()}}
+
+    # ---- the ledger ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds and the peak memory of a phase (``sample``, ``score``, ``update``, ``evaluate``)."""
+        _reset_peak()
+        start = time.perf_counter()
+        yield
+        self.count(f"seconds/{name}", time.perf_counter() - start)
+        key = f"peak_mb/{name}"
+        self.ledger[key] = max(self.ledger.get(key, 0.0), _peak_mb())
+
+    def count(self, name: str, amount: float) -> None:
+        """Add to a running sum of the ledger, such as ``tokens/sampled``."""
+        self.ledger[name] = self.ledger.get(name, 0.0) + amount
+
+    def speed(self) -> dict[str, float]:
+        """Seconds and share of each phase, and sampled tokens a second, since the last call."""
+        spent = {k: v - self._seen.get(k, 0.0) for k, v in self.ledger.items()}
+        self._seen = dict(self.ledger)
+        seconds = {p: spent.get(f"seconds/{p}", 0.0) for p in ("sample", "score", "update")}
+        whole = sum(seconds.values()) or 1.0
+        shares = {f"share/{p}": s / whole for p, s in seconds.items()}
+        return {**shares, "step_seconds": whole, "tokens_per_second": spent.get("tokens/sampled", 0.0) / whole}
+
+    # ---- the record ----------------------------------------------------------------------------------------
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one line to ``metrics.jsonl`` (step counts finished steps) and pass it to wandb and the screen."""
+        line = {"step": step, **metrics, **self.ledger}
+        _append(self.dir / "metrics.jsonl", line)
+        self.tracker.log(step, line)
+        self.progress.show(step, metrics)
+
+    def samples(self, step: int, batch: Batch, limit: int = 16) -> None:
+        """Append prompts, references, responses and scores of a step to ``samples.jsonl``."""
+        for i in range(min(len(batch), limit)):
+            row = batch.rows[i]
+            entry = {
+                "step": step,
+                "prompt": row["prompt"],
+                "references": row["references"],
+                "response": batch.responses[i],
+                "score": None if batch.scores is None else float(batch.scores[i]),
+            }
+            _append(self.dir / "samples.jsonl", entry)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a file of the run directory whole or not at all."""
+        write_atomically(self.dir / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------
+
+    def _improved(self, step: int, value: float) -> bool:
+        if self.best is None or value > self.best["value"]:
+            self.best = {"step": step, "value": value}
+            return True
+        return False
+
+    def save(self, step: int, policy: Any, optimizer: torch.optim.Optimizer, algo_state: dict[str, Any]) -> None:
+        """Write ``checkpoint-{step}``: a plain model folder and ``state/``; keep the last few and the best.
+
+        Written under a temporary name and renamed, so a checkpoint is whole or absent.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written; older checkpoints are left alone.
+        """
+        target = self.dir / f"checkpoint-{step}"
+        if target.exists():
+            return
+        partial = self.dir / f"checkpoint-{step}.partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "state").mkdir(parents=True)
+            policy.save(partial)
+            torch.save(optimizer.state_dict(), partial / "state" / "optimizer.pt")
+            state = {
+                "step": step,
+                "algo": algo_state,
+                "ledger": self.ledger,
+                "best": self.best,
+                "before": self.before,
+                "fingerprint": self.fingerprint,
+                "threads": torch.get_num_threads(),
+                "wandb_id": self.tracker.id,
+            }
+            (partial / "state" / "run.json").write_text(json.dumps(state), encoding="utf-8")
+            _sync(partial)
+            partial.rename(target)
+        except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = self._latest()
+            raise UserError(
+                f"checkpoint-{step} could not be written to {self.dir} ({str(e).splitlines()[0]}). "
+                + (f"{kept.name} is whole; " if kept else "")
+                + "free some space and repeat the command to go on."
+            ) from None
+        self._prune(step)
+
+    @property
+    def first_step(self) -> int:
+        """The step that comes next: 0, or what the checkpoint says."""
+        return int(self.state.get("step", 0))
+
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint of the best dev value, where there is one."""
+        path = self.dir / f"checkpoint-{int(self.best['step'])}" if self.best else None
+        return path if path and path.is_dir() else None
+
+    def finish(self, policy: Any, steps: int, held_out: Any) -> dict[str, Any]:
+        """Evaluate the last or best weights, write ``final/`` with its card, then ``result.json``: the run is finished."""
+        best = self.best_checkpoint()
+        if self.cfg.evaluate.final == "best" and best and best.name != f"checkpoint-{steps}":
+            policy.restore(best)
+        after = held_out.test(policy, "after")
+        final = self.dir / "final"
+        partial = self.dir / "final.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        policy.save(partial)
+        result = {
+            "status": "finished",
+            "stage": self.cfg.stage,
+            "name": self.cfg.name,
+            "seed": self.seed,
+            "signature": self.dir.name.rpartition("-")[2],
+            "weights_sha256": hash_weights(partial),
+            "evaluation": {"before": self.before, "after": after},
+            "steps": steps,
+            "best": self.best,
+            "samples": int(self.ledger.get("samples", 0)),
+            "tokens": {k.removeprefix("tokens/"): int(v) for k, v in self.ledger.items() if k.startswith("tokens/")},
+            "seconds": _under(self.ledger, "seconds/"),
+            "peak_mb": _under(self.ledger, "peak_mb/"),
+            "resumes": self.resumes,
+            "directory": str(self.dir),
+        }
+        (partial / "README.md").write_text(model_card(self.cfg, result), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        _sync(partial)
+        partial.rename(final)
+        self.write_json("result.json", result)
+        self.tracker.finish(result)
+        return result
+
+    def _latest(self) -> Path | None:
+        saved = [
+            p for p in self.dir.glob("checkpoint-*") if p.suffix != ".partial" and (p / "state" / "run.json").exists()
+        ]
+        return max(saved, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+    def _prune(self, step: int) -> None:
+        saved = sorted(self.dir.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.rpartition("-")[2]))
+        best = self.best_checkpoint()
+        for path in saved[: -self.cfg.run.keep]:
+            if path != best:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _read_state(self, fingerprint: dict[str, str]) -> None:
+        assert self.checkpoint is not None
+        self.state = json.loads((self.checkpoint / "state" / "run.json").read_text(encoding="utf-8"))
+        for split, digest in self.state["fingerprint"].items():
+            if fingerprint.get(split) != digest:
+                raise UserError(
+                    f"{self.dir} was begun with another data.{split} ({self.cfg.data[split]} has changed since). "
+                    f"Restore the file, or start anew with run.overwrite=true."
+                )
+        self.ledger, self.best, self.before = self.state["ledger"], self.state["best"], self.state["before"]
+        step = self.first_step
+        for name in ("metrics.jsonl", "samples.jsonl"):  # steps after the checkpoint are done again
+            path = self.dir / name
+            if path.exists():
+                lines = [x for x in path.read_text(encoding="utf-8").split("\n") if x and _step_of(x) <= step]
+                write_atomically(path, "".join(line + "\n" for line in lines))
+
+    def _start_record(self, fingerprint: dict[str, str], command: list[str]) -> None:
+        self.fingerprint = fingerprint
+        starts = self.dir / "command.txt"
+        line = " ".join(command)
+        before = starts.read_text(encoding="utf-8").split("\n") if starts.exists() else []
+        self.resumes = sum(1 for x in before if x)
+        with open(starts, "a", encoding="utf-8") as f:
+            f.write(line + "\n")
+        for stale in self.dir.glob("*.partial"):
+            shutil.rmtree(stale, ignore_errors=True)
+        config = OmegaConf.to_yaml(OmegaConf.create(OmegaConf.to_container(self.cfg, resolve=True)))
+        write_atomically(self.dir / "config.yaml", config)
+        environment = environment_record()
+        threads = self.state.get("threads")
+        if threads is not None and threads != environment["threads"]:
+            print(
+                f"warning: begun with {threads} threads, goes on with {environment['threads']}: close, but not bit for bit. "
+                f"Set run.threads={threads} for an exact resume.",
+                file=sys.stderr,
+            )
+        self.write_json("environment.json", environment)
+
+
+def environment_record() -> dict[str, Any]:
+    """Packages, commit, hardware and threads: what is needed to repeat a run."""
+    packages = (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "hydra-core",
+        "omegaconf",
+        "datasets",
+        "peft",
+        "sacrebleu",
+        "wandb",
+    )
+    return {
+        "alignkit": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "git_commit": git_commit(Path(__file__).parent),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def git_commit(start: Path) -> str | None:
+    """The commit that is checked out around a folder, read from ``.git`` itself."""
+    for folder in (start, *start.parents):
+        head = folder / ".git" / "HEAD"
+        if head.is_file():
+            content = head.read_text().strip()
+            if not content.startswith("ref: "):
+                return content
+            ref = folder / ".git" / content.removeprefix("ref: ")
+            if ref.is_file():
+                return ref.read_text().strip()
+            packed = folder / ".git" / "packed-refs"
+            lines = packed.read_text().split("\n") if packed.is_file() else []
+            return next((x.split()[0] for x in lines if x.endswith(content.removeprefix("ref: "))), None)
+    return None
+
+
+def hash_weights(folder: Path) -> str:
+    """SHA-256 over the safetensors files of a model folder, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def model_card(cfg: DictConfig, result: dict[str, Any]) -> str:
+    """The README of ``final/``: where the weights come from and what they scored."""
+    lines = [
+        "---", "library_name: transformers", "tags: [alignkit, " + cfg.name + "]", "---",
+        f"# {cfg.name}, seed {cfg.seed}", "",
+        f"Trained by alignkit {__version__}, stage `{cfg.stage}`, from "
+        + (f"`{cfg.model.path}`." if cfg.model.path else "scratch."),
+        f"SHA-256 of the weights: `{result['weights_sha256']}`.", "",
+    ]  # fmt: skip
+    after = result["evaluation"]["after"] or {}
+    for split, metrics in after.items():
+        values = ", ".join(f"{k} {v['value']:.4g}" for k, v in metrics.items() if isinstance(v, dict))
+        lines.append(f"- {split}: {values}")
+    lines += ["", "```yaml", OmegaConf.to_yaml(cfg, resolve=True), "```", ""]
+    return "\n".join(lines)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file under a temporary name, then rename it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):  # the last line of a killed process may be half written
+        return sys.maxsize
+
+
+def _sync(folder: Path) -> None:
+    """Have the system put a folder's files on the disk before it is renamed into place."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+
+
+def _under(ledger: dict[str, float], prefix: str) -> dict[str, float]:
+    return {k.removeprefix(prefix): round(v, 3) for k, v in ledger.items() if k.startswith(prefix)}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    except OSError:
+        pass  # not Linux: the peak is then the process's own since its start
+
+
+def _peak_mb() -> float:
+    """Peak memory since the last reset, in MB: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 1024
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,163 @@
+"""Read a class's settings from its source: names, types, defaults, comments, docstring. Nothing is imported.
+
+A method's class is the schema of its YAML. Importing it would import torch, which takes seconds; ``list``,
+``show`` and ``check`` should answer at once, so they parse the file instead.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+SCALARS = {"int": int, "float": (int, float), "str": str, "bool": bool}
+
+
+@dataclass
+class Setting:
+    name: str
+    type: str  # the annotation as written: "int", "float | None", "Literal['a', 'b']"; "" when there is none
+    default: str | None  # as written; None: required
+    comment: str  # the comment at the end of its line
+
+    @property
+    def required(self) -> bool:
+        return self.default is None
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a configuration value fits the annotation; what is not a scalar type is let through."""
+        if not self.type:
+            return True
+        return any(_fits(value, option) for option in _options(ast.parse(self.type, mode="eval").body))
+
+
+@dataclass
+class Source:
+    doc: str
+    settings: dict[str, Setting]
+
+
+def settings_of(target: str) -> dict[str, Setting] | None:
+    """Settings of the class or function at a dotted path; None when it takes any keyword.
+
+    Raises:
+        ImportError, AttributeError: there is no such module or name; the text says which.
+    """
+    module, _, name = target.rpartition(".")
+    found = _class(module, name)
+    if found is not None:
+        return found.settings
+    return _imported(module, name)
+
+
+def doc_of(target: str) -> str:
+    """Docstring of the class at a dotted path."""
+    module, _, name = target.rpartition(".")
+    found = _class(module, name)
+    return found.doc if found else ""
+
+
+def _options(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _options(node.left) + _options(node.right)
+    return [node]
+
+
+def _fits(value: Any, node: ast.expr) -> bool:
+    if isinstance(node, ast.Constant) and node.value is None:
+        return value is None
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+        kind = node.value.id
+        if kind == "Literal":
+            return (
+                value in ast.literal_eval(node.slice)
+                if isinstance(node.slice, ast.Tuple)
+                else value == ast.literal_eval(node.slice)
+            )
+        return {"list": list, "tuple": list, "dict": dict}.get(kind, object) is object or isinstance(
+            value, {"list": list, "tuple": list, "dict": dict}[kind]
+        )
+    if isinstance(node, ast.Name) and node.id in SCALARS:
+        if isinstance(value, bool) and node.id != "bool":
+            return False
+        return isinstance(value, SCALARS[node.id])  # type: ignore[arg-type]
+    return True
+
+
+@cache
+def _tree(module: str) -> tuple[ast.Module, list[str]] | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError as e:
+        raise ImportError(f"no module '{e.name}'") from None
+    except ValueError:
+        spec = None
+    if spec is None:
+        raise ImportError(f"no module '{module}'")
+    if not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    text = Path(spec.origin).read_text(encoding="utf-8")
+    return ast.parse(text), text.split("\n")
+
+
+def _class(module: str, name: str) -> Source | None:
+    """The class from source, its base classes' settings first; None when the file does not define it."""
+    parsed = _tree(module)
+    if parsed is None:
+        return None
+    tree, lines = parsed
+    node = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
+    if node is None:
+        return None
+    settings: dict[str, Setting] = {}
+    for base in node.bases:
+        if isinstance(base, ast.Name) and (origin := _origin(tree, module, base.id)):
+            settings.update(origin.settings)
+    init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    if init is not None:
+        settings = _parameters(init)
+    else:
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                comment = lines[(item.end_lineno or item.lineno) - 1].partition("  # ")[2].strip()
+                settings[item.target.id] = Setting(
+                    item.target.id,
+                    ast.unparse(item.annotation),
+                    ast.unparse(item.value) if item.value else None,
+                    comment,
+                )
+    return Source(ast.get_docstring(node) or "", settings)
+
+
+def _origin(tree: ast.Module, module: str, name: str) -> Source | None:
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and any(a.name == name for a in node.names):
+            return _class(node.module, name)
+    return _class(module, name)
+
+
+def _parameters(init: ast.FunctionDef) -> dict[str, Setting]:
+    args = [*init.args.args[1:], *init.args.kwonlyargs]
+    positional = [None] * (len(init.args.args) - len(init.args.defaults)) + list(init.args.defaults)
+    defaults = [*positional[1:], *init.args.kw_defaults]
+    return {
+        a.arg: Setting(a.arg, ast.unparse(a.annotation) if a.annotation else "", ast.unparse(d) if d else None, "")
+        for a, d in zip(args, defaults, strict=True)
+    }
+
+
+def _imported(module: str, name: str) -> dict[str, Setting] | None:
+    """The slow way, for functions and for names that a module imports from elsewhere."""
+    try:
+        thing = getattr(importlib.import_module(module), name)
+    except AttributeError:
+        raise AttributeError(f"module '{module}' has no '{name}'") from None
+    parameters = inspect.signature(thing).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name: Setting(p.name, "", None if p.default is p.empty else repr(p.default), "") for p in parameters}

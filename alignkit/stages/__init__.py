@@ -1,0 +1,1 @@
+"""One loop a stage: each file has one function, ``run``."""

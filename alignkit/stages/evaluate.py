@@ -1,0 +1,173 @@
+"""Stage ``evaluate``: decode held-out rows, score them, write a table and the outputs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from alignkit import metrics
+from alignkit.batch import Batch
+from alignkit.config import Evaluate
+from alignkit.data import Data, Row
+from alignkit.decode import Decode
+from alignkit.errors import UserError, suggest
+from alignkit.policy import Policy, load
+from alignkit.run import Run
+
+Table = dict[str, dict[str, float]]
+
+
+class HeldOut:
+    """The dev and test rows, and how they are decoded and scored."""
+
+    def __init__(self, cfg: Evaluate, data: Data, reward: Any, run: Run) -> None:
+        self.cfg, self.reward, self.run = cfg, reward, run
+        self.rows = {split: data.rows(split)[: cfg.rows] for split in ("dev", "test")}
+        if not cfg.test:
+            self.rows["test"] = []
+
+    def dev(self, policy: Policy) -> dict[str, float]:
+        """Dev metrics as ``dev/NAME``; empty where there are no dev rows."""
+        if not self.rows["dev"]:
+            return {}
+        with self.run.phase("evaluate"):
+            scored = self._score(policy, self.rows["dev"])[0].scores(_ones(self.rows["dev"]))
+        return {f"dev/{name}": float(value[0]) for name, value in scored.items()}
+
+    def selected(self, dev: dict[str, float]) -> float:
+        """The dev value that picks the best checkpoint.
+
+        Raises:
+            UserError: ``evaluate.select`` names a metric that these rows do not have.
+        """
+        value = dev.get(f"dev/{self.cfg.select}")
+        if value is None:
+            names = [name.removeprefix("dev/") for name in dev]
+            raise UserError(
+                f"evaluate.select={self.cfg.select}: not measured on these rows.{suggest(self.cfg.select, names)}"
+            )
+        return value
+
+    def test(self, policy: Policy, name: str) -> dict[str, Table]:
+        """Test metrics with intervals, as ``{"test": …}``; writes ``outputs-{name}.jsonl``.
+
+        After a run that also kept its outputs from before, ``{"difference": …}`` holds the paired differences.
+        """
+        rows = self.rows["test"]
+        if not rows:
+            return {}
+        with self.run.phase("evaluate"):
+            scored, entries = self._score(policy, rows)
+        path = self.run.dir / f"outputs-{name}.jsonl"
+        path.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), encoding="utf-8")
+        tables = {"test": metrics.summary(scored, self.cfg.bootstrap)}
+        earlier = self.run.dir / "outputs-before.jsonl"
+        if name == "after" and earlier.exists() and self.cfg.bootstrap:
+            old = [json.loads(x) for x in earlier.read_text(encoding="utf-8").split("\n") if x]
+            before = metrics.sentences([e["response"] for e in old], [e["references"] for e in old], _rewards(old))
+            tables["difference"] = metrics.difference(before, scored, self.cfg.bootstrap)
+        return tables
+
+    def _score(self, policy: Policy, rows: list[Row]) -> tuple[metrics.Sentences, list[dict[str, Any]]]:
+        entries = []
+        for first in range(0, len(rows), self.cfg.batch_size):
+            batch = self._decode(policy, rows[first : first + self.cfg.batch_size], first)
+            scores = self.reward(batch).tolist() if self.reward else [None] * len(batch)
+            for row, response, score in zip(batch.rows, batch.responses, scores, strict=True):
+                entry = {"prompt": row["prompt"], "references": row["references"], "response": response}
+                entries.append(entry | ({} if score is None else {"reward": score}))
+        scored = metrics.sentences(
+            [e["response"] for e in entries], [e["references"] for e in entries], _rewards(entries)
+        )
+        if not scored.stats:
+            raise UserError(
+                "nothing to measure: the rows have no references and there is no reward. Set data.references."
+            )
+        return scored, entries
+
+    def _decode(self, policy: Policy, rows: list[Row], first: int) -> Batch:
+        if self.cfg.decode == "beam":
+            return policy.beam(rows, self.cfg.beams, self.cfg.max_new_tokens)
+        how = Decode(max_new_tokens=self.cfg.max_new_tokens, greedy=self.cfg.decode == "greedy")
+        tau = torch.full((len(rows),), self.cfg.temperature)
+        return policy.generate(rows, 1, how, temperature=tau, generator=self.run.generator(first, "evaluate"))
+
+
+def run(cfg: DictConfig, run: Run, data: Data, algo: None, reward: Any) -> dict[str, Any]:
+    """Evaluate a model on the test rows (dev, where there is no test) and write the table and the outputs."""
+    held_out = HeldOut(cfg.evaluate, data, reward, run)
+    if not held_out.rows["test"]:
+        held_out.rows["test"] = held_out.rows["dev"]
+    if not held_out.rows["test"]:
+        raise UserError("evaluate: the data have neither test nor dev rows. Set data.test.")
+    policy = load(OmegaConf.to_object(cfg.model), cfg.seed)  # type: ignore[arg-type]
+    tables = held_out.test(policy, "test")
+    result = {
+        "status": "finished", "stage": "evaluate", "name": cfg.name, "seed": cfg.seed, "model": cfg.model.path,
+        "decode": OmegaConf.to_container(cfg.evaluate), "evaluation": tables, "signatures": metrics.signatures(),
+        "seconds": {"evaluate": run.ledger["seconds/evaluate"]}, "directory": str(run.dir),
+    }  # fmt: skip
+    (run.dir / "table.md").write_text(table({"test": tables["test"]}), encoding="utf-8")
+    run.write_json("result.json", result)
+    return result
+
+
+def table(columns: dict[str, Table]) -> str:
+    """Markdown: a row per metric, a column per system, 95 % intervals in brackets."""
+    names = list(next(iter(columns.values())))
+    lines = ["| metric | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in names:
+        cells = [_cell(name, column[name]) for column in columns.values()]
+        lines.append(f"| {LABELS.get(name, name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def report(result: dict[str, Any]) -> str:
+    """What a finished run prints: the metrics before and after, time a phase, where the files are."""
+    evaluation = result["evaluation"]
+    after = evaluation.get("after", evaluation)
+    columns = {"before": evaluation["before"]["test"]} if evaluation.get("before") else {}
+    if after.get("test"):
+        columns["after" if columns else "test"] = after["test"]
+    if after.get("difference"):
+        columns["difference (paired)"] = after["difference"]
+    lines = ["", table(columns)] if columns else [""]
+    seconds, peak = result.get("seconds", {}), result.get("peak_mb", {})
+    if seconds:
+        whole = sum(seconds.values())
+        lines += ["| phase | seconds | share | peak MB |", "|---|---|---|---|"]
+        lines += [f"| {k} | {v:.1f} | {v / whole:.0%} | {peak.get(k, 0):.0f} |" for k, v in seconds.items()]
+        lines.append("")
+    if result.get("samples"):
+        tokens = ", ".join(f"{v:,} tokens {k}" for k, v in result["tokens"].items())
+        lines.append(f"{result['steps']} steps, {result['samples']:,} samples, {tokens}.")
+    lines.append(f"files: {result['directory']}")
+    return "\n".join(lines)
+
+
+LABELS = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "exact_match": "exact match %",
+    "length_ratio": "length ratio",
+    "reward": "reward",
+}
+
+
+def _cell(name: str, value: dict[str, float]) -> str:
+    digits = 3 if name in ("length_ratio", "reward") else 2
+    text = f"{value['value']:.{digits}f}"
+    return text + (f" [{value['low']:.{digits}f}, {value['high']:.{digits}f}]" if "low" in value else "")
+
+
+def _rewards(entries: list[dict[str, Any]]) -> list[float] | None:
+    return [e["reward"] for e in entries] if entries and "reward" in entries[0] else None
+
+
+def _ones(rows: list[Row]) -> Any:
+    import numpy as np
+
+    return np.ones((1, len(rows)))

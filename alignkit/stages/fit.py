@@ -1,0 +1,48 @@
+"""The supervised loop: batches drawn from a data set, one optimizer step each. ``sft`` and its kin are thin layers on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig
+
+from alignkit.batch import Batch
+from alignkit.data import Row
+from alignkit.ops import warmup_decay
+from alignkit.policy import Policy
+from alignkit.run import Run
+from alignkit.stages.evaluate import HeldOut
+
+
+def fit(
+    cfg: DictConfig,
+    run: Run,
+    policy: Policy,
+    algo: Any,
+    rows: list[Row],
+    collate: Callable[[list[Row]], Batch],
+    held_out: HeldOut,
+) -> dict[str, Any]:
+    """Train ``policy`` with ``algo.loss`` on ``rows`` and finish the run.
+
+    The algorithm brings batch_size, steps or epochs, lr, warmup, schedule, max_grad_norm and micro_tokens.
+    """
+    steps = algo.steps or math.ceil(algo.epochs * len(rows) / algo.batch_size)
+    optimizer = run.optimizer(policy.model, algo)
+    with run.training(steps):
+        for step in range(run.first_step, steps):
+            run.seed_globally(step)
+            policy.model.train()
+            with run.phase("update"):
+                batch = collate(run.draw(rows, algo.batch_size, step))
+                rate = algo.lr * warmup_decay(step, steps, algo.warmup, algo.schedule, algo.floor)
+                parts = batch.split(algo.micro_tokens)
+                metrics = run.update(
+                    policy.model, optimizer, lambda part: algo.loss(policy, part), parts, algo.max_grad_norm, step, rate
+                )
+                run.count("tokens/trained", float(batch.mask.sum()))
+            policy.model.eval()
+            run.end_step(step + 1, steps, {**metrics, "lr": rate}, policy, optimizer, algo, held_out)
+    return run.finish(policy, steps, held_out)

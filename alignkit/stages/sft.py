@@ -1,0 +1,30 @@
+"""Stage ``sft``: maximum likelihood of the responses, for causal and encoder–decoder models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from alignkit.algos.sft import SFT
+from alignkit.data import Data
+from alignkit.errors import UserError
+from alignkit.policy import load
+from alignkit.run import Run
+from alignkit.stages.evaluate import HeldOut
+from alignkit.stages.fit import fit
+
+
+def run(cfg: DictConfig, run: Run, data: Data, algo: SFT, reward: Any) -> dict[str, Any]:
+    rows = data.rows("train")
+    for row in rows:
+        if not row["response"]:
+            raise UserError(
+                f"sft: training row {row['id']} has no response. Set data.response to a template over the columns."
+            )
+    texts = [t for row in rows for t in (row["prompt"], row["response"]) if isinstance(t, str)]
+    policy = load(OmegaConf.to_object(cfg.model), cfg.seed, texts, run.checkpoint)  # type: ignore[arg-type]
+    held_out = HeldOut(cfg.evaluate, data, reward, run)
+    return fit(
+        cfg, run, policy, algo, rows, lambda part: policy.demonstrations(part, algo.max_response_tokens), held_out
+    )
