@@ -42,7 +42,8 @@ def group_mean(x: Tensor, group: Tensor) -> Tensor:
     _rank("x", x, 1)
     _, index, sizes = torch.unique_consecutive(group, return_inverse=True, return_counts=True)
     sums: Tensor = torch.zeros(len(sizes), dtype=x.dtype, device=x.device).index_add_(0, index, x)
-    return (sums / sizes)[index]
+    means: Tensor = (sums / sizes)[index]
+    return means
 
 
 def leave_one_out(x: Tensor, group: Tensor) -> Tensor:

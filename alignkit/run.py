@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 
 from alignkit import __version__
 from alignkit.batch import Batch, Loss
@@ -49,10 +50,12 @@ class Run:
         self._seen: dict[str, float] = {}  # the ledger when `speed` was last asked
         self._order: tuple[int, int, list[int]] = (-1, -1, [])
         self.dir.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.dir)
         self.checkpoint = self._latest()
         if self.checkpoint:
             self._read_state(fingerprint)
             self._seen = dict(self.ledger)
+        self._drop_later_steps()
         self._start_record(fingerprint, command)
         self.progress = Progress(f"{cfg.name} s{cfg.seed}")
         self.tracker = Tracker(cfg, self.dir)
@@ -61,6 +64,7 @@ class Run:
         """Close the bar and the tracker, however the run ended."""
         self.progress.close()
         self.tracker.finish()
+        self._lock.close()
 
     # ---- drawing -------------------------------------------------------------------------------------------
 
@@ -246,44 +250,49 @@ class Run:
         return False
 
     def save(self, step: int, policy: Any, optimizer: torch.optim.Optimizer, algo_state: dict[str, Any]) -> None:
-        """Write ``checkpoint-{step}``: a plain model folder and ``state/``; keep the last few and the best.
-
-        Written under a temporary name and renamed, so a checkpoint is whole or absent.
-
-        Raises:
-            UserError: the disk is full or the folder cannot be written; older checkpoints are left alone.
-        """
+        """Write ``checkpoint-{step}``: a plain model folder and ``state/``; keep the last few and the best."""
         target = self.dir / f"checkpoint-{step}"
         if target.exists():
             return
-        partial = self.dir / f"checkpoint-{step}.partial"
+        state = {
+            "step": step,
+            "algo": algo_state,
+            "ledger": self.ledger,
+            "best": self.best,
+            "before": self.before,
+            "fingerprint": self.fingerprint,
+            "threads": torch.get_num_threads(),
+        }
+        with self._whole(target) as partial:
+            policy.save(partial)
+            (partial / "state").mkdir()
+            torch.save(optimizer.state_dict(), partial / "state" / "optimizer.pt")
+            (partial / "state" / "run.json").write_text(json.dumps(state), encoding="utf-8")
+        self._prune()
+
+    @contextmanager
+    def _whole(self, target: Path) -> Iterator[Path]:
+        """A folder to fill that is renamed to ``target`` when it is complete, so that ``target`` is whole or absent.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written; what was there before is left alone.
+        """
+        partial = target.with_name(target.name + ".partial")
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            (partial / "state").mkdir(parents=True)
-            policy.save(partial)
-            torch.save(optimizer.state_dict(), partial / "state" / "optimizer.pt")
-            state = {
-                "step": step,
-                "algo": algo_state,
-                "ledger": self.ledger,
-                "best": self.best,
-                "before": self.before,
-                "fingerprint": self.fingerprint,
-                "threads": torch.get_num_threads(),
-                "wandb_id": self.tracker.id,
-            }
-            (partial / "state" / "run.json").write_text(json.dumps(state), encoding="utf-8")
+            partial.mkdir(parents=True)
+            yield partial
             _sync(partial)
+            shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
-        except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as e:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(partial, ignore_errors=True)
             kept = self._latest()
             raise UserError(
-                f"checkpoint-{step} could not be written to {self.dir} ({str(e).splitlines()[0]}). "
-                + (f"{kept.name} is whole; " if kept else "")
+                f"{target} could not be written ({str(e).splitlines()[0]}). "
+                + (f"{kept.name} is whole: " if kept else "")
                 + "free some space and repeat the command to go on."
             ) from None
-        self._prune(step)
 
     @property
     def first_step(self) -> int:
@@ -301,17 +310,22 @@ class Run:
         if self.cfg.evaluate.final == "best" and best and best.name != f"checkpoint-{steps}":
             policy.restore(best)
         after = held_out.test(policy, "after")
-        final = self.dir / "final"
-        partial = self.dir / "final.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        policy.save(partial)
-        result = {
+        with self._whole(self.dir / "final") as folder:
+            policy.save(folder)
+            result = self._result(steps, after, hash_weights(folder))
+            (folder / "README.md").write_text(model_card(self.cfg, result), encoding="utf-8")
+        self.write_json("result.json", result)
+        self.tracker.finish(result)
+        return result
+
+    def _result(self, steps: int, after: dict[str, Any], weights: str) -> dict[str, Any]:
+        return {
             "status": "finished",
             "stage": self.cfg.stage,
             "name": self.cfg.name,
             "seed": self.seed,
             "signature": self.dir.name.rpartition("-")[2],
-            "weights_sha256": hash_weights(partial),
+            "weights_sha256": weights,
             "evaluation": {"before": self.before, "after": after},
             "steps": steps,
             "best": self.best,
@@ -322,13 +336,6 @@ class Run:
             "resumes": self.resumes,
             "directory": str(self.dir),
         }
-        (partial / "README.md").write_text(model_card(self.cfg, result), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        _sync(partial)
-        partial.rename(final)
-        self.write_json("result.json", result)
-        self.tracker.finish(result)
-        return result
 
     def _latest(self) -> Path | None:
         saved = [
@@ -336,7 +343,7 @@ class Run:
         ]
         return max(saved, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
-    def _prune(self, step: int) -> None:
+    def _prune(self) -> None:
         saved = sorted(self.dir.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.rpartition("-")[2]))
         best = self.best_checkpoint()
         for path in saved[: -self.cfg.run.keep]:
@@ -353,8 +360,11 @@ class Run:
                     f"Restore the file, or start anew with run.overwrite=true."
                 )
         self.ledger, self.best, self.before = self.state["ledger"], self.state["best"], self.state["before"]
+
+    def _drop_later_steps(self) -> None:
+        """Steps after the checkpoint are done again, so their lines go."""
         step = self.first_step
-        for name in ("metrics.jsonl", "samples.jsonl"):  # steps after the checkpoint are done again
+        for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.dir / name
             if path.exists():
                 lines = [x for x in path.read_text(encoding="utf-8").split("\n") if x and _step_of(x) <= step]
@@ -456,6 +466,20 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _lock(folder: Path) -> Any:
+    """An open file that keeps a second process out of a run directory; the system lets go of it with the process."""
+    file = open(folder / ".lock", "w")  # noqa: SIM115
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is working on this run. Wait for it, or stop it.") from None
+    except (ImportError, OSError):
+        pass  # no such locks here: two processes in one directory are then the user's care
+    return file
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -33,9 +33,7 @@ class RL:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
-    normalize: Literal["groups", "sequences", "tokens"] = (
-        "groups"  # one unit of the mean: an input, a response, a token
-    )
+    normalize: Literal["groups", "sequences", "tokens"] = "groups"  # what the mean is over: inputs, responses, tokens
     mle_weight: float = 0.0  # weight of the references' negative log-likelihood beside the policy gradient
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample within this much probability mass; 1: all

@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make demo` runs ESRL end to end, `make test` passes the tests. Both set up first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: demo setup format lint type check test smoke golden bench
+
+demo: setup  ## ESRL on the bundled model and data, test metrics before and after
+	$(BIN)/alignkit train +algo=esrl $(ARGS)
+
+setup: $(VENV)/.ready  ## a virtual environment with the tested set of packages
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+format: setup
+	$(BIN)/ruff format alignkit scripts tests
+	$(BIN)/ruff check --fix alignkit scripts tests
+
+lint: setup
+	$(BIN)/ruff format --check alignkit scripts tests
+	$(BIN)/ruff check alignkit scripts tests
+
+type: setup
+	$(BIN)/mypy
+
+check: lint type  ## what must be clean at every commit
+
+test: setup  ## all tests
+	$(BIN)/pytest -n 2 $(ARGS)
+
+smoke: setup  ## each stage's tiny configuration through the real command line
+	$(BIN)/pytest tests/test_smoke.py $(ARGS)
+
+golden: setup  ## write tests/golden anew: only after a change that is meant to change numbers
+	$(BIN)/python scripts/golden.py
+
+bench: setup  ## speed against the alternatives, in one run
+	$(BIN)/python scripts/bench_decode.py $(ARGS)
