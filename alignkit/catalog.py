@@ -47,7 +47,7 @@ def listing() -> str:
         here = {n: c for n, c in methods.items() if c.get("stage") == stage}
         if here:
             lines.append(f"{stage}:")
-            lines += [f"  +algo={name:<14} {_idea(c)}" for name, c in here.items()]
+            lines += [f"  +algo={n:<14} {_idea(c) or _header(options('algo')[n])}" for n, c in here.items()]
     lines.append("presets:")
     lines += [f"  +preset={name:<20} {_header(path)}" for name, path in options("preset").items()]
     for group in ("model", "data", "reward"):
@@ -80,6 +80,9 @@ def card(name: str) -> str:
             chosen = {k.removeprefix("override /"): v for e in groups for k, v in e.items()}
             lines += ["", "brings: " + ", ".join(f"{k}={v}" for k, v in chosen.items())]
         example = f"alignkit train {plus}{group}={name}" if plus else f"alignkit train +algo=sft {group}={name}"
+        if content.get("stage") == "evaluate":
+            example = "alignkit evaluate RUN_OR_MODEL"
+        example += "".join(f" {key}=VALUE" for key in _left_open(group, name))
         return "\n".join([*lines, "", f"example: {example}"])
     every = [n for group in ("algo", "preset", "model", "data", "reward") for n in options(group)]
     raise UserError(f"'{name}' is neither a method nor a preset, model, data set or reward.{suggest(name, every)}")
@@ -145,6 +148,16 @@ def _version(name: str) -> str | None:
 
 def _tuple(version: str) -> tuple[int, ...]:
     return tuple(int(x) for x in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def _left_open(group: str, name: str) -> list[str]:
+    """Keys that an option, or one that it chooses, leaves to the user."""
+    content = read(options(group)[name])
+    found = [f"{group}.{key}" for key, value in content.items() if value == "???"]
+    for entry in content.get("defaults", []):
+        for key, choice in entry.items() if isinstance(entry, dict) else ():
+            found += _left_open(key.removeprefix("override ").lstrip("/"), choice)
+    return found
 
 
 def _idea(content: dict[str, Any]) -> str:

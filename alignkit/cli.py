@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -86,12 +87,28 @@ def train(words: list[str]) -> None:
         _leave("error: train: name a method with +algo=NAME or a preset with +preset=NAME.", 2)
 
     import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     from alignkit.config import conf_dir, register
 
     register()
     sys.argv = ["alignkit train", *words]
-    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(_job)()
+    sys.path.append(os.getcwd())  # so that a class of the user's, beside the configuration, can be named
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, instead of printing them and exiting with 1
+    started = False
+
+    def job(cfg: object) -> float | None:
+        nonlocal started
+        started = True
+        return _job(cfg)
+
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
+    except (HydraException, OmegaConfBaseException) as e:
+        if started:
+            raise
+        raise UserError(" ".join(str(x).split("\n")[0] for x in (e, e.__cause__) if x)) from None
 
 
 def _job(cfg: object) -> float | None:
@@ -125,6 +142,9 @@ def hydra_words(words: list[str]) -> list[str]:
     words = [f"+{w}" if w.startswith("preset=") else w for w in words]
     if not any(w.startswith("+preset=") for w in words):
         words = [f"+{w}" if w.startswith("algo=") else w for w in words]
+    multirun = [w for w in words if w in ("-m", "--multirun")]  # Hydra's parser wants its flags first
+    words = multirun + [w for w in words if w not in multirun]
+    words = [re.sub(r"^(model|data|reward)=null$", r"~\1", w) for w in words]
     extra = [Path(words[i + 1]) for i, w in enumerate(words[:-1]) if w in ("--config-dir", "-cd")]
     extra += [Path(w.partition("=")[2]) for w in words if w.startswith("--config-dir=")]
     for word in words:
@@ -135,7 +155,7 @@ def hydra_words(words: list[str]) -> list[str]:
         if key in GROUPS and re.fullmatch(r"[\w,/.-]+", value):
             known = options(key, extra)
             for option in value.split(","):
-                if option not in known and option != "null":
+                if option not in known:
                     raise UserError(f"{key}={option}: there is no such {key}.{suggest(option, known)}")
             continue
         if key.startswith("hydra") or "/" in key or key in GROUPS:
@@ -162,7 +182,9 @@ def evaluate_words(words: list[str]) -> list[str]:
     given = [] if any(w.startswith("data=") for w in rest) else _data_of(Path(model))
     if not given and not any(w.startswith(("data=", "data.")) for w in rest):
         raise UserError(f"evaluate: {model} is not a run, so name the data: data=NAME (see `alignkit list`).")
-    return ["+algo=evaluate", f"model.path={model}", *given, *rest]
+    plain = re.fullmatch(r"[\w./:@-]+", model)
+    quoted = model if plain else "'" + model.replace("'", r"\'") + "'"
+    return ["+algo=evaluate", f"model.path={quoted}", *given, *rest]
 
 
 def _data_of(run: Path) -> list[str]:

@@ -24,7 +24,7 @@ NEEDS = {  # what a stage cannot do without
 
 @dataclass
 class Lora:
-    r: int = 8
+    r: int = 0  # rank; 0: all weights are trained
     alpha: int = 16
     dropout: float = 0.0
     target_modules: Any = None  # null: what peft knows for the architecture; or a list of module names
@@ -42,7 +42,7 @@ class Model:
     dtype: str = "float32"
     device: str = "auto"  # auto | cpu | cuda | mps
     gradient_checkpointing: bool = False
-    lora: Lora | None = None
+    lora: Lora = field(default_factory=Lora)
 
 
 @dataclass
@@ -93,8 +93,9 @@ class Config:
 def signature(cfg: DictConfig) -> str:
     """Eight hex digits of the resolved configuration without ``run``, ``name`` and ``hydra``."""
     raw: Any = OmegaConf.to_container(cfg)
-    kept = OmegaConf.create({k: v for k, v in raw.items() if k not in ("run", "name", "hydra")})
-    resolved = OmegaConf.to_container(kept, resolve=True)
+    raw["run"] = {**raw["run"], "name": "", "dir": ""}  # they ask for the signature
+    whole: Any = OmegaConf.to_container(OmegaConf.create({**raw, "hydra": None}), resolve=True)
+    resolved = {k: v for k, v in whole.items() if k not in ("run", "name", "hydra")}
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -143,6 +144,8 @@ def check(cfg: DictConfig) -> None:
         for node in NEEDS[stage]:
             if not cfg.get(node):
                 wrong.append(f"{node}: the {stage} stage needs one; choose it with {node}=NAME (see `alignkit list`).")
+    if cfg.model.path is None and cfg.model.config is None:
+        wrong.append("model.path: must be given (an id, a folder, a run), or model.config for one built from scratch.")
     for name, allowed in (
         ("model.kind", ("auto", "causal", "seq2seq")),
         ("evaluate.decode", ("greedy", "beam", "sample")),
@@ -177,6 +180,9 @@ def _walk(value: Any, path: str, wrong: list[str]) -> None:
     if not isinstance(value, dict):
         return
     if "_target_" in value:
+        if not isinstance(value["_target_"], str) or "." not in value["_target_"].strip("."):
+            wrong.append(f"{path}._target_: must be the dotted path of a class, is {value['_target_']!r}.")
+            return
         try:
             settings = settings_of(value["_target_"])
         except (ImportError, AttributeError) as e:

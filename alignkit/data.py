@@ -10,8 +10,10 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import json
 import string
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,15 @@ class Data:
 
     def __post_init__(self) -> None:
         self._read: dict[str, list[Row]] = {}
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, is {self.limit}")
+        for key, template in (("prompt", self.prompt), ("response", self.response)):
+            try:
+                "".format() if template is None else template.format(**dict.fromkeys(_fields(template), ""))
+            except (ValueError, IndexError, KeyError, AttributeError) as e:
+                raise UserError(
+                    f"data.{key}: {template!r} is not a template ({e}). Double a brace that is text."
+                ) from None
 
     def rows(self, split: str) -> list[Row]:
         """The rendered rows of ``train``, ``dev`` or ``test``; empty when the split has no source.
@@ -75,6 +86,11 @@ class Data:
             raise UserError(f"{source}: no rows. Point data.{split} at a file with at least one.")
         self._read[split] = rows
         return rows
+
+    def texts(self) -> list[str]:
+        """Prompts and responses of the training rows: what a tokenizer is trained on."""
+        rows = self.rows("train")
+        return [t for row in rows for t in (row["prompt"], row["response"]) if isinstance(t, str)]
 
     def fingerprint(self) -> dict[str, str]:
         """Split → SHA-256 of its source, for the run record and for the check on resume."""
@@ -123,12 +139,17 @@ def read(source: str) -> Iterator[tuple[str, Row]]:
     if suffix == ".parquet":
         import pyarrow.parquet
 
-        for i, columns in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
+        try:
+            table = pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowException as e:
+            raise UserError(f"{path}: not a Parquet file ({e}).") from None
+        for i, columns in enumerate(table):
             yield f"{path}, row {i + 1}", columns
         return
     text = _text(path)
     if suffix in (".csv", ".tsv"):
-        reader = csv.DictReader(text.split("\n"), delimiter="," if suffix == ".csv" else "\t")
+        csv.field_size_limit(sys.maxsize)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="," if suffix == ".csv" else "\t")
         for columns in reader:
             if None in columns or None in columns.values():
                 raise UserError(
@@ -167,7 +188,7 @@ def locate(source: str) -> Path:
     """
     if source.startswith("bundled:"):
         path = BUNDLED / source.removeprefix("bundled:")
-        if not path.exists():
+        if not path.is_file():
             raise UserError(f"{source}: not bundled.{suggest(path.name, [p.name for p in BUNDLED.glob('*')])}")
         return path
     path = Path(source).expanduser()
@@ -198,8 +219,11 @@ def hash_source(source: str) -> str:
 
 
 def _text(path: Path) -> str:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as f:
-        raw = f.read()
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as f:
+            raw = f.read()
+    except (gzip.BadGzipFile, EOFError) as e:
+        raise UserError(f"{path}: cannot be unpacked ({e}).") from None
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as e:

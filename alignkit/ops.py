@@ -48,10 +48,13 @@ def group_mean(x: Tensor, group: Tensor) -> Tensor:
 
 def leave_one_out(x: Tensor, group: Tensor) -> Tensor:
     """(B,) mean of the *other* rows of the group (RLOO, arXiv 2402.14740). A group of one gets its own value,
-    hence advantage zero."""
+    hence advantage zero. Equal values give exactly that value: means are taken of differences from the first."""
     _, index, sizes = torch.unique_consecutive(group, return_inverse=True, return_counts=True)
     n = sizes[index].to(x.dtype)
-    return torch.where(n > 1, (n * group_mean(x, group) - x) / (n - 1).clamp(min=1), x)
+    first = x[sizes.cumsum(0) - sizes][index]
+    apart = x - first
+    others = first + (n * group_mean(apart, group) - apart) / (n - 1).clamp(min=1)
+    return torch.where(n > 1, others, x)
 
 
 def warmup_decay(step: int, steps: int, warmup: int, schedule: str, floor: float = 0.0) -> float:
@@ -85,7 +88,7 @@ def baseline(kind: str, scores: Tensor, group: Tensor, queue: list[float]) -> Te
     if kind == "fifo":
         return torch.full_like(scores, sum(queue) / max(1, len(queue)))
     if kind == "batch":
-        return scores.mean().expand_as(scores)
+        return (scores[0] + (scores - scores[0]).mean()).expand_as(scores)  # exact for equal scores
     if kind == "leave_one_out":
         return leave_one_out(scores, group)
     raise ValueError(f"unknown baseline '{kind}'")
@@ -94,9 +97,9 @@ def baseline(kind: str, scores: Tensor, group: Tensor, queue: list[float]) -> Te
 def samples_by_capability(c: Tensor, k_min: int, k_max: int) -> Tensor:
     """(n,) samples of each input: ``clip(floor(k_max (1 - C) + 0.5), k_min, k_max)``; alignkit's rule, not the paper's.
 
-    Computed in float64, so that halves round up whatever the dtype of C.
+    Halves round up also where C was rounded to float32.
     """
-    return (k_max * (1 - c.double()) + 0.5 + 1e-9).floor().clamp(k_min, k_max).long()
+    return (k_max * (1 - c.double()) + 0.5 + 1e-6).floor().clamp(k_min, k_max).long()
 
 
 def temperature_by_capability(c: Tensor, tau_min: float, tau_max: float) -> Tensor:

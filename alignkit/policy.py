@@ -258,7 +258,7 @@ def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None =
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = getattr(torch, cfg.dtype)
-    if checkpoint and not cfg.lora:
+    if checkpoint and not cfg.lora.r:
         model, tokenizer = _pretrained(str(checkpoint), cfg, dtype)
     elif cfg.path:
         model, tokenizer = _pretrained(resolve(cfg.path), cfg, dtype)
@@ -275,7 +275,7 @@ def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None =
         tokenizer.pad_token = tokenizer.eos_token
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if cfg.lora:
+    if cfg.lora.r:
         model = _with_lora(model, cfg.lora, checkpoint)
     return Policy(model.to(device).eval(), tokenizer)
 

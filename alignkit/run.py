@@ -53,7 +53,11 @@ class Run:
         self._lock = _lock(self.dir)
         self.checkpoint = self._latest()
         if self.checkpoint:
-            self._read_state(fingerprint)
+            try:
+                self._read_state(fingerprint)
+            except UserError:
+                self._lock.close()
+                raise
             self._seen = dict(self.ledger)
         self._drop_later_steps()
         self._start_record(fingerprint, command)
@@ -476,6 +480,7 @@ def _lock(folder: Path) -> Any:
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        file.close()
         raise UserError(f"{folder}: another process is working on this run. Wait for it, or stop it.") from None
     except (ImportError, OSError):
         pass  # no such locks here: two processes in one directory are then the user's care

@@ -15,8 +15,7 @@ def show_rows(cfg: DictConfig, data: Data) -> None:
     from alignkit.policy import load
 
     rows = data.rows("train")
-    texts = [t for row in rows for t in (row["prompt"], row["response"]) if isinstance(t, str)]
-    policy = load(OmegaConf.to_object(cfg.model), cfg.seed, texts)  # type: ignore[arg-type]
+    policy = load(OmegaConf.to_object(cfg.model), cfg.seed, data.texts())  # type: ignore[arg-type]
     console = Console()
     for row, ids in zip(rows[: data.show], policy.encode_prompts(rows[: data.show]), strict=True):
         line = Text(f"row {row['id']}  ", style="bold")

@@ -10,10 +10,14 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import re
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
+
+from alignkit.errors import suggest
 
 SCALARS = {"int": int, "float": (int, float), "str": str, "bool": bool}
 
@@ -40,6 +44,7 @@ class Setting:
 class Source:
     doc: str
     settings: dict[str, Setting]
+    open: bool = False  # takes any keyword
 
 
 def settings_of(target: str) -> dict[str, Setting] | None:
@@ -51,7 +56,8 @@ def settings_of(target: str) -> dict[str, Setting] | None:
     module, _, name = target.rpartition(".")
     found = _class(module, name)
     if found is not None:
-        return found.settings
+        return None if found.open else found.settings
+    _refuse_unknown(module, name)
     return _imported(module, name)
 
 
@@ -91,18 +97,37 @@ def _fits(value: Any, node: ast.expr) -> bool:
 
 @cache
 def _tree(module: str) -> tuple[ast.Module, list[str]] | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError as e:
-        raise ImportError(f"no module '{e.name}'") from None
-    except ValueError:
-        spec = None
-    if spec is None:
-        raise ImportError(f"no module '{module}'")
+    spec = _spec(module)
     if not spec.origin or not spec.origin.endswith(".py"):
         return None
     text = Path(spec.origin).read_text(encoding="utf-8")
     return ast.parse(text), text.split("\n")
+
+
+def _spec(module: str) -> ModuleSpec:
+    """Where a module is; the packages around it are not imported, since that may take torch in."""
+    top, *parts = module.split(".")
+    spec, name = importlib.util.find_spec(top), top
+    for part in parts:
+        if spec is None:
+            break
+        name = f"{name}.{part}"
+        inside = spec.submodule_search_locations
+        spec = None if inside is None else PathFinder.find_spec(name, list(inside))
+    if spec is None:
+        raise ImportError(f"no module '{name}'")
+    return spec
+
+
+def _refuse_unknown(module: str, name: str) -> None:
+    """A name that the file does not even mention is not there: said without importing it."""
+    parsed = _tree(module)
+    if parsed is None:
+        return
+    tree, lines = parsed
+    if not any(re.search(rf"\b{re.escape(name)}\b|import \*|__getattr__", line) for line in lines):
+        known = [n.name for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name[0] != "_"]
+        raise AttributeError(f"module '{module}' has no '{name}'.{suggest(name, known)}")
 
 
 def _class(module: str, name: str) -> Source | None:
@@ -131,7 +156,7 @@ def _class(module: str, name: str) -> Source | None:
                     ast.unparse(item.value) if item.value else None,
                     comment,
                 )
-    return Source(ast.get_docstring(node) or "", settings)
+    return Source(ast.get_docstring(node) or "", settings, init is not None and init.args.kwarg is not None)
 
 
 def _origin(tree: ast.Module, module: str, name: str) -> Source | None:

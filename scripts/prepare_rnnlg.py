@@ -38,7 +38,7 @@ def main(train: Path, test: Path, out: Path) -> None:
     write(out / "rnnlg.train.jsonl", kept)
     write(out / "rnnlg.dev.jsonl", [{"da": da, "refs": acts[da]} for da in sorted(dev)])
     rows = [json.loads(line) for line in test.read_text(encoding="utf-8").split("\n") if line]
-    write(out / "rnnlg.test.jsonl", [{"da": r["da"], "refs": r["refs"]} for r in rows])
+    write(out / "rnnlg.test.jsonl", [{"da": r["da"], "refs": r["refs"]} for r in rows if r["da"] not in acts])
 
 
 if __name__ == "__main__":

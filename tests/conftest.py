@@ -7,11 +7,12 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from alignkit.config import Model  # noqa: E402
-from alignkit.policy import Policy, load  # noqa: E402
+from alignkit.batch import Batch
+from alignkit.config import Model
+from alignkit.policy import Policy, load
 
 torch.set_num_threads(1)
 
@@ -88,6 +89,13 @@ def policy(request, _built) -> Policy:
 
 
 @pytest.fixture
+def ragged_policy(policy) -> Policy:
+    """``policy`` for which a good share of the vocabulary ends a response: an untrained model's lengths then differ."""
+    policy.eos = [policy.eos[0], *range(97, 160)]
+    return policy
+
+
+@pytest.fixture
 def rows():
     """``rows(n)``: n data rows with prompts of different lengths."""
 
@@ -102,5 +110,43 @@ def rows():
             }
             for i in range(n)
         ]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """``make_batch(sizes, lengths, prompts)``: a batch without a model, every cell of it told apart by its value."""
+
+    def make(
+        sizes: list[int],
+        lengths: list[int] | None = None,  # response tokens of each row; 3 everywhere
+        prompts: list[int] | None = None,  # prompt tokens of each group; 2 everywhere
+        side: str = "right",  # of the prompts' padding
+        scores: list[float] | None = None,
+    ) -> Batch:
+        owner = [g for g, n in enumerate(sizes) for _ in range(n)]
+        lengths = lengths or [3] * len(owner)
+        prompts = prompts or [2] * len(sizes)
+        width = max(prompts)
+        prompt_mask = torch.zeros(len(owner), width, dtype=torch.bool)
+        for i, g in enumerate(owner):
+            prompt_mask[i, slice(width - prompts[g], width) if side == "left" else slice(prompts[g])] = True
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        response = 1 + torch.arange(mask.numel()).view(mask.shape)
+        prompt = 1001 + torch.tensor(owner)[:, None] * width + torch.arange(width)
+        rows = [{"prompt": f"p{g}", "response": f"y{g}", "references": [f"y{g}"], "id": g} for g in range(len(sizes))]
+        return Batch(
+            prompt_ids=prompt * prompt_mask,
+            prompt_mask=prompt_mask,
+            response_ids=response * mask,
+            mask=mask,
+            group=torch.tensor(owner),
+            rows=[rows[g] for g in owner],
+            responses=[f"r{i}" for i in range(len(owner))],
+            logprobs=-response.float() * mask,
+            scores=None if scores is None else torch.tensor(scores),
+            extra={"row": torch.arange(len(owner))},
+        )
 
     return make

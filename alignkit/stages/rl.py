@@ -19,7 +19,7 @@ from alignkit.stages.evaluate import HeldOut
 def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict[str, Any]:
     """Improve a policy on its own samples; evaluate before, now and then on dev, and after."""
     rows = data.rows("train")
-    policy = load(OmegaConf.to_object(cfg.model), cfg.seed, checkpoint=run.checkpoint)  # type: ignore[arg-type]
+    policy = load(OmegaConf.to_object(cfg.model), cfg.seed, data.texts(), run.checkpoint)  # type: ignore[arg-type]
     optimizer = run.optimizer(policy.model, algo)
     held_out = HeldOut(cfg.evaluate, data, reward, run)
     if run.checkpoint:

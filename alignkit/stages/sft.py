@@ -22,8 +22,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: SFT, reward: Any) -> dict[s
             raise UserError(
                 f"sft: training row {row['id']} has no response. Set data.response to a template over the columns."
             )
-    texts = [t for row in rows for t in (row["prompt"], row["response"]) if isinstance(t, str)]
-    policy = load(OmegaConf.to_object(cfg.model), cfg.seed, texts, run.checkpoint)  # type: ignore[arg-type]
+    policy = load(OmegaConf.to_object(cfg.model), cfg.seed, data.texts(), run.checkpoint)  # type: ignore[arg-type]
     held_out = HeldOut(cfg.evaluate, data, reward, run)
     return fit(
         cfg, run, policy, algo, rows, lambda part: policy.demonstrations(part, algo.max_response_tokens), held_out
