@@ -156,6 +156,8 @@ def check(cfg: DictConfig) -> None:
         chosen = OmegaConf.select(cfg, name)
         if chosen not in allowed:
             wrong.append(f"{name}: must be one of {', '.join(allowed)}; is '{chosen}'.")
+    if cfg.evaluate.temperature <= 0:
+        wrong.append("evaluate.temperature: must be above 0 (evaluate.decode=greedy takes the likeliest token).")
     for name in ("run.save_every", "run.keep", "evaluate.batch_size", "evaluate.max_new_tokens", "evaluate.beams"):
         if OmegaConf.select(cfg, name) < 1:
             wrong.append(f"{name}: must be at least 1.")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -51,8 +57,8 @@ class Policy:
         return self.model.device
 
     @property
-    def max_prompt_tokens(self) -> int:
-        """Longest prompt the positions allow; large when the architecture sets no limit."""
+    def max_positions(self) -> int:
+        """Tokens that the positions allow; large when the architecture sets no limit."""
         limit = getattr(self.model.config, "max_position_embeddings", None) or getattr(
             self.model.config, "n_positions", None
         )
@@ -72,8 +78,11 @@ class Policy:
         for row, text in zip(rows, texts, strict=True):
             if isinstance(text, str):
                 one = next(encoded)
-                if not self.is_encoder_decoder and one and one[-1] in self.eos:
-                    one = one[:-1]  # some tokenizers close every text; a causal prompt must stay open
+                if not self.is_encoder_decoder:
+                    if one and one[-1] in self.eos:
+                        one = one[:-1]  # some tokenizers close every text; a causal prompt must stay open
+                    if not one:  # a causal model needs a token to start from
+                        one = [self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.eos[0]]
             else:
                 if not self.tokenizer.chat_template:
                     raise UserError(
@@ -83,9 +92,9 @@ class Policy:
                 one = self.tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=True)[
                     "input_ids"
                 ]
-            if len(one) > self.max_prompt_tokens:
+            if len(one) > self.max_positions:
                 raise UserError(
-                    f"the prompt of row {row['id']} has {len(one)} tokens; the model takes {self.max_prompt_tokens}: "
+                    f"the prompt of row {row['id']} has {len(one)} tokens; the model takes {self.max_positions}: "
                     f"{str(text)[:60]!r}… Shorten or drop such rows."
                 )
             ids.append(one)
@@ -94,16 +103,25 @@ class Policy:
     def encode_responses(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, closed with the end-of-sequence token."""
         if self.is_encoder_decoder:
-            encoded = self.tokenizer(text_target=texts)["input_ids"]
+            encoded = self.tokenizer(text_target=texts, split_special_tokens=True)["input_ids"]
             # what the decoder is given as its prefix is not part of the response
             skip = len(self._start) - 1
             encoded = [ids[skip:] if skip and ids[:skip] == self._start[1:] else ids for ids in encoded]
         else:
-            encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [ids if ids and ids[-1] in self.eos else [*ids, self.eos[0]] for ids in encoded]
 
     def demonstrations(self, rows: list[Row], max_tokens: int | None = None) -> Batch:
-        """Rows with their ``response`` as the response, one group each; longer responses are cut."""
+        """Rows with their ``response`` as the response, one group each; longer responses are cut.
+
+        Raises:
+            UserError: a row without a response.
+        """
+        for row in rows:
+            if not row["response"]:
+                raise UserError(
+                    f"training row {row['id']} has no response. Set data.response to a template over the columns."
+                )
         return self._batch(rows, [ids[:max_tokens] for ids in self.encode_responses([r["response"] for r in rows])])
 
     def generate(
@@ -121,13 +139,17 @@ class Policy:
         """
         counts = torch.tensor([n] * len(rows) if isinstance(n, int) else n)
         prompt_ids, prompt_mask = self._pad(self.encode_prompts(rows), "right" if self.is_encoder_decoder else "left")
-        training = self.model.training
-        self.model.eval()
-        out = decode(
-            self.model, prompt_ids, prompt_mask, counts.to(self.device), how,
-            eos=self.eos, pad=self.pad, start=self._start, temperature=temperature, generator=generator,
-        )  # fmt: skip
-        self.model.train(training)
+        room = self.max_positions - (0 if self.is_encoder_decoder else prompt_ids.shape[1])
+        if how.max_new_tokens > room:
+            raise UserError(
+                f"max_new_tokens={how.max_new_tokens} is more than the model's {self.max_positions} positions allow "
+                f"(room here: {room}). Lower it, or shorten the prompts."
+            )
+        with self._evaluating():
+            out = decode(
+                self.model, prompt_ids, prompt_mask, counts.to(self.device), how,
+                eos=self.eos, pad=self.pad, start=self._start, temperature=temperature, generator=generator,
+            )  # fmt: skip
         owner = torch.arange(len(rows)).repeat_interleave(counts)
         index = owner.to(self.device)
         return Batch(
@@ -188,15 +210,26 @@ class Policy:
     def beam(self, rows: list[Row], beams: int, max_new_tokens: int) -> Batch:
         """The best of a beam search for each row, by transformers' own search."""
         prompt_ids, prompt_mask = self._pad(self.encode_prompts(rows), "right" if self.is_encoder_decoder else "left")
-        out = self.model.generate(
-            input_ids=prompt_ids, attention_mask=prompt_mask.long(), num_beams=beams, do_sample=False,
-            max_new_tokens=max_new_tokens, pad_token_id=self.pad, eos_token_id=self.eos,
-        )  # fmt: skip
+        with self._evaluating():
+            out = self.model.generate(
+                input_ids=prompt_ids, attention_mask=prompt_mask.long(), num_beams=beams, do_sample=False,
+                max_new_tokens=max_new_tokens + max(0, len(self._start) - 1),
+                pad_token_id=self.pad, eos_token_id=self.eos,
+            )  # fmt: skip
         ids = out[:, len(self._start) if self.is_encoder_decoder else prompt_ids.shape[1] :]
         ended = torch.isin(ids, torch.tensor(self.eos, device=ids.device)).long()
         mask = ended.cumsum(1) - ended == 0  # up to and with the first end-of-sequence token
         group = torch.arange(len(rows), device=self.device)
         return Batch(prompt_ids, prompt_mask, ids, mask, group, rows, self.decode_text(ids, mask))
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
 
     def restore(self, checkpoint: Path) -> None:
         """Load the weights of a checkpoint of this very policy in place."""
@@ -204,12 +237,20 @@ class Policy:
         if source is not None:
             self.model.load_state_dict(source.state_dict())
         else:
-            self.model.load_adapter(checkpoint, adapter_name="default")
+            training = self.model.training
+            self.model.load_adapter(checkpoint, adapter_name="default", is_trainable=True)
+            self.model.train(training)
 
     def save(self, path: Path) -> None:
-        """Write a plain ``save_pretrained`` folder."""
+        """Write a plain ``save_pretrained`` folder; of adapters alone, where only these are trained."""
         self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
+
+    def export(self, path: Path) -> None:
+        """Write the whole model as a plain ``save_pretrained`` folder, adapters merged into it."""
+        if hasattr(self.model, "merge_and_unload"):
+            self.model = self.model.merge_and_unload()
+        self.save(path)
 
     def lint(self) -> list[str]:
         """What is wrong with the special tokens, as sentences: an empty list when nothing is."""
@@ -242,7 +283,7 @@ class Policy:
             ids.append(fill + s if side == "left" else s + fill)
             ones, zeros = [True] * len(s), [False] * len(fill)
             mask.append(zeros + ones if side == "left" else ones + zeros)
-        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+        return torch.tensor(ids, dtype=torch.long, device=self.device), torch.tensor(mask, device=self.device)
 
 
 def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None = None) -> Policy:  # type: ignore[assignment]
@@ -277,7 +318,10 @@ def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None =
         model.gradient_checkpointing_enable()
     if cfg.lora.r:
         model = _with_lora(model, cfg.lora, checkpoint)
-    return Policy(model.to(device).eval(), tokenizer)
+    policy = Policy(model.to(device).eval(), tokenizer)
+    for found in policy.lint():
+        print(f"warning: {found}", file=sys.stderr)
+    return policy
 
 
 def resolve(path: str) -> str:
@@ -318,22 +362,37 @@ def _pretrained(path: str, cfg: Model, dtype: torch.dtype) -> tuple[Any, Any]:
         if cfg.kind not in ("auto", kind):
             raise UserError(f"model.path={path} is a {kind} model, but model.kind={cfg.kind} was asked for.")
         auto = AutoModelForSeq2SeqLM if kind == "seq2seq" else AutoModelForCausalLM
-        model = auto.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer or path)
-    except (OSError, ValueError, KeyError) as e:
+        loaded: Any = auto.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        model, info = loaded
+        tokenizer = _tokenizer(cfg.tokenizer or path)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         reason = str(e).split("\n")[0]
         raise UserError(
             f"model.path={path}: cannot be loaded ({type(e).__name__}: {reason}). Check the id or folder; with "
             f"HF_HUB_OFFLINE=1 only what lies in the cache is found."
         ) from None
+    if info["missing_keys"]:
+        raise UserError(f"model.path={path}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}.")
     return model, tokenizer
+
+
+def _tokenizer(path: str) -> Any:
+    file = Path(path) / "tokenizer_config.json"
+    if file.is_file():
+        named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class")
+        if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+            return PreTrainedTokenizerFast.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path)
 
 
 def _from_scratch(cfg: Model, texts: list[str], seed: int) -> tuple[Any, Any]:
     settings = dict(cfg.config)
-    tokenizer = (
-        AutoTokenizer.from_pretrained(cfg.tokenizer) if cfg.tokenizer else train_tokenizer(texts, cfg.vocab_size)
-    )
+    try:
+        tokenizer = _tokenizer(cfg.tokenizer) if cfg.tokenizer else train_tokenizer(texts, cfg.vocab_size)
+    except (OSError, ValueError) as e:
+        raise UserError(f"model.tokenizer={cfg.tokenizer}: cannot be loaded ({str(e).splitlines()[0]}).") from None
     if "model_type" not in settings:
         raise UserError("model.config: give model_type (for example m2m_100, t5, llama); the rest are its settings.")
     try:
@@ -348,11 +407,11 @@ def _from_scratch(cfg: Model, texts: list[str], seed: int) -> tuple[Any, Any]:
                 **settings,
             },
         )
-    except ValueError as e:
-        raise UserError(f"model.config: {str(e).splitlines()[0]}") from None
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    torch.manual_seed(seed)
-    return auto.from_config(config), tokenizer
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        torch.manual_seed(seed)
+        return auto.from_config(config), tokenizer
+    except (ValueError, TypeError, StrictDataclassError) as e:
+        raise UserError(f"model.config: {' '.join(str(e).split())[:300]}") from None
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -386,16 +445,19 @@ def _with_lora(model: Any, lora: Lora, checkpoint: Path | None) -> Any:
     if checkpoint:
         return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
     targets = lora.target_modules
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets if targets is None or isinstance(targets, str) else list(targets),
-            task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
-        ),
-    )
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=targets if targets is None or isinstance(targets, str) else list(targets),
+                task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+            ),
+        )
+    except ValueError as e:
+        raise UserError(f"model.lora: {e} Set model.lora.target_modules.") from None
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -315,7 +315,7 @@ class Run:
             policy.restore(best)
         after = held_out.test(policy, "after")
         with self._whole(self.dir / "final") as folder:
-            policy.save(folder)
+            policy.export(folder)
             result = self._result(steps, after, hash_weights(folder))
             (folder / "README.md").write_text(model_card(self.cfg, result), encoding="utf-8")
         self.write_json("result.json", result)

@@ -88,6 +88,13 @@ def test_split_by_hand(make_batch):
     assert [p.group.unique_consecutive().tolist() for p in whole.split(1)] == [[1], [2], [0]]
 
 
+def test_split_measures_each_part_anew(make_batch):
+    """Prompt + response 1 + 4, 4 + 2 and 4 + 2: the first two together need 2 rows of 4 + 4 = 16 tokens, the last two 12."""
+    whole = make_batch([1, 1, 1], [4, 2, 2], [1, 4, 4])
+    assert [p.group.tolist() for p in whole.split(12)] == [[0], [1, 2]]
+    assert [p.group.tolist() for p in whole.split(16)] == [[0, 1], [2]]
+
+
 @QUICK
 @given(shape=shapes(), count=st.integers(1, 8))
 def test_minibatches(make_batch, shape, count):
@@ -118,16 +125,18 @@ def test_take(make_batch, shape, data):
 
 def test_take_cuts_every_token_field(make_batch):
     """All (B, T) fields stay aligned with the ids; (B,) fields and absent ones are left whole."""
-    whole = make_batch([1, 1], [5, 2], scores=[0.5, 0.25])
-    whole = whole.with_(ref_logprobs=whole.logprobs * 2, rewards=whole.logprobs * 3, probe_tokens=7)
+    whole = make_batch([1, 1], [5, 2])
+    lp = whole.logprobs
+    whole = whole.with_(ref_logprobs=lp * 2, rewards=lp * 3, advantages=lp * 4, probe_tokens=7)
     part = whole.take(torch.tensor([1]))
     assert part.response_ids.tolist() == [[6, 7]]
     assert part.mask.tolist() == [[True, True]]
     assert part.logprobs.tolist() == [[-6.0, -7.0]]
     assert part.ref_logprobs.tolist() == [[-12.0, -14.0]]
     assert part.rewards.tolist() == [[-18.0, -21.0]]
-    assert part.advantages is None
-    assert part.scores.tolist() == [0.25]
+    assert part.advantages.tolist() == [[-24.0, -28.0]]
+    assert part.scores is None
+    assert whole.with_(scores=torch.tensor([0.5, 0.25])).take(torch.tensor([1])).scores.tolist() == [0.25]
     assert part.probe_tokens == 7
 
 

@@ -282,7 +282,7 @@ def test_a_command_composes(words: str, job: Callable[..., DictConfig], mine: No
     assert {key: OmegaConf.select(cfg, key) for key in COMMANDS[words]} == COMMANDS[words]
 
 
-@pytest.mark.parametrize("words", [[], ["algo.lr=1e-4"]], ids=["plain", "with a fixed setting"])
+@pytest.mark.parametrize("words", [[], ["algo.lr=3e-4"]], ids=["plain", "with a fixed setting"])
 def test_a_sweep_over_methods(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real sweeper; a job is recorded where it would be launched."""
     jobs: list[dict[str, Any]] = []
@@ -298,7 +298,7 @@ def test_a_sweep_over_methods(words: list[str], monkeypatch: pytest.MonkeyPatch,
     main(["train", "-m", "+algo=esrl,reinforce", "seed=1,2", *words, *quiet])
     assert [(j["name"], j["seed"]) for j in jobs] == [("esrl", 1), ("esrl", 2), ("reinforce", 1), ("reinforce", 2)]
     assert [j["algo"]["_target_"] for j in jobs] == [ESRL, ESRL, REINFORCE, REINFORCE]
-    assert {j["algo"].get("lr") for j in jobs} == {1e-4 if words else None}
+    assert {j["algo"].get("lr") for j in jobs} == {3e-4 if words else 1e-4}
     directories = {Path(j["run"]["dir"]) for j in jobs}
     assert len(directories) == 4
     for directory in directories:  # Hydra writes its record where the run writes

@@ -232,6 +232,11 @@ def test_dtype_is_that_of_the_weights_and_never_of_the_log_probabilities(saved, 
     assert batch.logprobs.dtype == scores(policy, batch).dtype == torch.float32
 
 
+def test_dtype_holds_for_a_new_model_too():
+    policy = load(scratch("llama", dtype="bfloat16"), 0, TEXTS)
+    assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
+
+
 def test_the_seed_decides_the_weights_of_a_new_model():
     first, same, other = (load(scratch("llama"), seed, TEXTS).model.state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[k], same[k]) for k in first)
@@ -322,7 +327,7 @@ def test_lora_generates_what_transformers_generates(kind, rows):
 
 
 def test_lora_on_an_architecture_without_default_targets_says_what_to_set():
-    refused("target_modules", scratch("m2m_100", lora=Lora()))
+    refused("target_modules", scratch("m2m_100", lora=Lora(r=8)))
 
 
 # ---- special tokens
@@ -372,7 +377,10 @@ def test_a_prompt_longer_than_the_positions_is_refused(policy):
         (("word " * n + "x" * m for n in range(20) for m in range(70))), key=lambda t: length_of(policy, t) == 64
     )
     assert length_of(policy, fits) == 64 == policy.model.config.max_position_embeddings
-    policy.generate([{"prompt": fits, "id": 0}], 1, Decode(max_new_tokens=1))
+    assert len(policy.encode_prompts([{"prompt": fits, "id": 0}])[0]) == 64
+    if not policy.is_encoder_decoder:
+        with pytest.raises(UserError, match=r"max_new_tokens=1 .*room here: 0"):
+            policy.generate([{"prompt": fits, "id": 0}], 1, Decode(max_new_tokens=1))
     with pytest.raises(UserError, match=r"row 17 has 6\d tokens; the model takes 64"):
         policy.encode_prompts([{"prompt": "rain", "id": 16}, {"prompt": fits + " qqq", "id": 17}])
 

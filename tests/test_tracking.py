@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import SMALL_SEQ2SEQ, SMALL_SFT, train
+from running import SMALL_SEQ2SEQ, SMALL_SFT, lines, train
 
 from alignkit.tracking import _mode
 
 
 def offline_records(run: Path) -> list[tuple[str, dict[str, str]]]:
-    """(run id, step → …) of every record in the offline files that wandb left."""
+    """(file, key → JSON value) of every logged step in the offline files that wandb left."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     found = []
     for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
+        for data in logged(file.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.HasField("history"):
@@ -28,13 +27,52 @@ def offline_records(run: Path) -> list[tuple[str, dict[str, str]]]:
     return found
 
 
+def logged(raw: bytes) -> Iterator[bytes]:
+    """Records of a LevelDB log: blocks of 32 KiB, chunks of (checksum, length, kind), after wandb's header."""
+    assert raw[:4] == b":W&B"
+    place, whole = 7, b""
+    while place + 7 <= len(raw):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack("<HB", raw[place + 4 : place + 7])
+        whole += raw[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last chunk of one
+            yield whole
+            whole = b""
+
+
 def test_an_offline_run_holds_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     _, run = train(tmp_path, *SMALL_SFT, *SMALL_SEQ2SEQ, "run.wandb=offline")
     records = offline_records(run)
-    assert len(records) == 6
-    assert all("loss" in items for _, items in records)
+    assert [float(items["loss"]) for _, items in records] == pytest.approx(
+        [m["loss"] for m in lines(run / "metrics.jsonl")]
+    )
+    assert len({name for name, _ in records}) == 1
+
+
+def test_a_resumed_run_goes_on_under_the_same_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alignkit.errors import Stopped
+    from alignkit.run import Run
+
+    words = [*SMALL_SFT, *SMALL_SEQ2SEQ, "run.wandb=offline"]
+    end_step = Run.end_step
+
+    def stop(self: Run, done: int, *rest: object) -> None:
+        self.stop_asked = done == 2
+        end_step(self, done, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as m:
+        m.setattr(Run, "end_step", stop)
+        with pytest.raises(Stopped):
+            train(tmp_path, *words)
+    _, run = train(tmp_path, *words)
+    records = offline_records(run)
+    assert [int(items["_step"]) for _, items in records] == [1, 2, 3, 4, 5, 6]
     assert len({name for name, _ in records}) == 1
 
 

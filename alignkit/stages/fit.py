@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import DictConfig
-
 from alignkit.batch import Batch
 from alignkit.data import Row
 from alignkit.ops import warmup_decay
@@ -17,7 +15,6 @@ from alignkit.stages.evaluate import HeldOut
 
 
 def fit(
-    cfg: DictConfig,
     run: Run,
     policy: Policy,
     algo: Any,

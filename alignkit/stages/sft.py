@@ -8,7 +8,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from alignkit.algos.sft import SFT
 from alignkit.data import Data
-from alignkit.errors import UserError
 from alignkit.policy import load
 from alignkit.run import Run
 from alignkit.stages.evaluate import HeldOut
@@ -16,14 +15,8 @@ from alignkit.stages.fit import fit
 
 
 def run(cfg: DictConfig, run: Run, data: Data, algo: SFT, reward: Any) -> dict[str, Any]:
+    """Train on the responses of the training rows; evaluate on dev now and then, on test at the end."""
     rows = data.rows("train")
-    for row in rows:
-        if not row["response"]:
-            raise UserError(
-                f"sft: training row {row['id']} has no response. Set data.response to a template over the columns."
-            )
     policy = load(OmegaConf.to_object(cfg.model), cfg.seed, data.texts(), run.checkpoint)  # type: ignore[arg-type]
     held_out = HeldOut(cfg.evaluate, data, reward, run)
-    return fit(
-        cfg, run, policy, algo, rows, lambda part: policy.demonstrations(part, algo.max_response_tokens), held_out
-    )
+    return fit(run, policy, algo, rows, lambda part: policy.demonstrations(part, algo.max_response_tokens), held_out)

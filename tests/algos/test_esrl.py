@@ -247,6 +247,16 @@ def test_e5_weighting(normalize, wanted):
     assert float(loss.total) / loss.count == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.mark.parametrize(("normalize", "wanted"), [("groups", 3.5 / 3), ("sequences", 0.75), ("tokens", 3 / 7)])
+def test_e5_weighting_by_the_setting(make_batch, normalize, wanted):
+    """The vector as responses of 2, 1, 3 and 1 tokens, whose sums are its lp: row losses 2, -3, 2 and 2, 7 tokens."""
+    logprobs = [[-1.5, -0.5, 0.0], [-3.0, 0.0, 0.0], [-2.0, -1.0, -1.0], [-1.0, 0.0, 0.0]]
+    batch = make_batch([3, 1], [2, 1, 3, 1])
+    batch = batch.with_(advantages=torch.tensor([1.0, -1.0, 0.5, 2.0])[:, None] * batch.mask)
+    loss = ESRL(normalize=normalize).loss(Scripted(make_batch, logprobs, [[0.0]]), batch)
+    assert float(loss.total) / loss.count == pytest.approx(wanted, abs=1e-6)
+
+
 def test_e5_negative_advantages_have_a_gradient():
     """The released critic-free loss is flat at A = -1, logp = -2; ours has gradient -A = 1."""
     logprobs = torch.tensor([[-2.0]], requires_grad=True)
