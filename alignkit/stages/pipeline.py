@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import string
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             *(_fill(w, done, name) for w in words),
         ]
         print(f"== {name}: alignkit train {' '.join(words)}", flush=True)
-        code = subprocess.run([sys.executable, "-m", "alignkit", "train", *words]).returncode
+        code = _run_to_its_end([sys.executable, "-m", "alignkit", "train", *words])
         if code == 130:
             raise Stopped(f"stopped in step {name}. Repeat the command to go on.")
         if code != 0:
@@ -50,6 +51,20 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     result = {**last, "stage": "pipeline", "name": cfg.name, "directory": str(directory), "steps_done": done}
     (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def _run_to_its_end(command: list[str]) -> int:
+    """Exit code of a step. Ctrl-C reaches it from the terminal, SIGTERM is handed on: it saves and stops by itself."""
+    step = subprocess.Popen(command)
+    old = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: step.terminate()),
+    }
+    try:
+        return step.wait()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _fill(word: str, done: dict[str, str], step: str) -> str:
