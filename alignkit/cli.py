@@ -124,9 +124,9 @@ def _job(cfg: object) -> float | None:
         _remove_if_empty(Path(cfg.run.dir))
         _leave(f"error: {e}", 2)
     except Stopped as e:
-        _leave(f"\n{e}", 130)
+        _leave(f"\n{e} {_how_to_go_on(cfg.run.overwrite)}", 130)
     except KeyboardInterrupt:
-        _leave("\nstopped at once; repeat the command to go on from the last checkpoint.", 130)
+        _leave(f"\nstopped at once. {_how_to_go_on(cfg.run.overwrite)}", 130)
     return None
 
 
@@ -199,11 +199,15 @@ def _data_of(run: Path) -> list[str]:
     return ([f"data={choice}"] if choice else []) + words
 
 
+def _how_to_go_on(overwrite: bool) -> str:
+    return f"Repeat the command{' without run.overwrite=true' if overwrite else ''} to go on from the last checkpoint."
+
+
 def _remove_if_empty(directory: Path) -> None:
     """Take back a directory in which nothing but Hydra's record lies."""
     import shutil
 
-    if directory.is_dir() and all(p.name in (".hydra", "train.log") for p in directory.iterdir()):
+    if directory.is_dir() and all(p.name in (".hydra", ".lock") for p in directory.iterdir()):
         shutil.rmtree(directory)
 
 

@@ -54,9 +54,10 @@ class Evaluate:
     temperature: float = 1.0
     max_new_tokens: int = 64
     batch_size: int = 250
+    every: int = 50  # steps between evaluations on dev; 0: never
     select: str = "bleu"  # dev metric that picks the best checkpoint: bleu | chrf | exact_match | reward
     final: str = "best"  # best | last: which weights become final/
-    test: bool = True  # evaluate the test split before and after
+    test: bool = True  # evaluate the test split, before and after RL, after SFT
     rows: int | None = None  # at most this many rows of each split
     bootstrap: int = 1000  # resamples behind the intervals
 
@@ -68,7 +69,6 @@ class RunSettings:
     dir: str = "${run.root}/${run.name}"
     overwrite: bool = False  # start anew where the command has run before
     save_every: int = 50  # steps between checkpoints
-    eval_every: int = 50  # steps between evaluations on dev; 0: never
     keep: int = 2  # checkpoints kept besides the best
     samples_every: int = 50  # steps between entries in samples.jsonl; 0: never
     wandb: str = "auto"  # auto (online with a key, else offline) | online | offline | disabled
@@ -97,6 +97,19 @@ def signature(cfg: DictConfig) -> str:
     whole: Any = OmegaConf.to_container(OmegaConf.create({**raw, "hydra": None}), resolve=True)
     resolved = {k: v for k, v in whole.items() if k not in ("run", "name", "hydra")}
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def same_settings(directory: Path, begun: str, now: str) -> None:
+    """Refuse to go on in a directory of a run with other settings, as a fixed ``run.name`` or ``run.dir`` allows.
+
+    Raises:
+        UserError: the signatures differ.
+    """
+    if begun != now:
+        raise UserError(
+            f"{directory} holds a run with other settings (signature {begun}, this command has {now}; compare its "
+            f"config.yaml). Choose another run.name or run.dir, or start anew with run.overwrite=true."
+        )
 
 
 def register() -> None:
@@ -150,6 +163,7 @@ def check(cfg: DictConfig) -> None:
         ("model.kind", ("auto", "causal", "seq2seq")),
         ("evaluate.decode", ("greedy", "beam", "sample")),
         ("evaluate.final", ("best", "last")),
+        ("evaluate.select", ("bleu", "chrf", "exact_match", "length_ratio", "reward")),
         ("run.wandb", ("auto", "online", "offline", "disabled")),
         ("model.dtype", ("float32", "bfloat16", "float16")),
     ):
@@ -161,6 +175,11 @@ def check(cfg: DictConfig) -> None:
     for name in ("run.save_every", "run.keep", "evaluate.batch_size", "evaluate.max_new_tokens", "evaluate.beams"):
         if OmegaConf.select(cfg, name) < 1:
             wrong.append(f"{name}: must be at least 1.")
+    for name in ("evaluate.every", "evaluate.bootstrap", "run.samples_every", "model.lora.r"):
+        if OmegaConf.select(cfg, name) < 0:
+            wrong.append(f"{name}: must not be negative.")
+    if cfg.evaluate.rows is not None and cfg.evaluate.rows < 1:
+        wrong.append("evaluate.rows: must be at least 1, or null for all.")
     for node in ("data", "reward", "algo"):
         value: Any = OmegaConf.to_container(cfg[node], resolve=True)
         if not value:
@@ -171,6 +190,8 @@ def check(cfg: DictConfig) -> None:
             )
             continue
         _walk(value, node, wrong)
+    if stage == "rl" and (cfg.model.gradient_checkpointing or cfg.model.lora.dropout):
+        wrong.append("model: gradient_checkpointing and lora.dropout have no effect in RL, which runs without dropout.")
     if wrong:
         raise UserError("the configuration cannot be run:\n" + "\n".join(f"  - {line}" for line in wrong))
 

@@ -92,9 +92,9 @@ class Data:
         rows = self.rows("train")
         return [t for row in rows for t in (row["prompt"], row["response"]) if isinstance(t, str)]
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, splits: tuple[str, ...] = ("train", "dev", "test")) -> dict[str, str]:
         """Split → SHA-256 of its source, for the run record and for the check on resume."""
-        return {split: hash_source(source) for split in ("train", "dev", "test") if (source := getattr(self, split))}
+        return {split: hash_source(source) for split in splits if (source := getattr(self, split))}
 
     def _render(self, columns: Row, where: str, index: int) -> Row:
         row = {**columns, "id": index}

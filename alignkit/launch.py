@@ -7,54 +7,90 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from alignkit.config import check
-from alignkit.data import overlap
+from alignkit.config import check, same_settings, signature
+from alignkit.data import Data, overlap
 from alignkit.errors import UserError
 
 
 def launch(cfg: DictConfig) -> dict[str, Any]:
     """Run one configuration; returns what ``result.json`` holds.
 
-    A directory with a finished run is left alone, one with an unfinished run is gone on with. Nothing heavy is
-    imported before the configuration and the data have been checked.
+    A directory with a finished run is left alone (an evaluation is done again: the model may have changed), one with
+    an unfinished run is gone on with. Nothing heavy is imported before the configuration and the data are checked.
     """
     check(cfg)
-    directory = Path(cfg.run.dir)
-    if cfg.run.overwrite:
-        _clear(directory)
-    finished = directory / "result.json"
-    if finished.exists():
-        result: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
-        print(f"{directory} is finished; nothing to do. Start anew with run.overwrite=true.")
-        return result
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if cfg.stage == "pipeline":
-        from alignkit.stages import pipeline
-
-        return pipeline.run(cfg)
-
-    data = _build(cfg.data, "data")
-    splits = {split: len(data.rows(split)) for split in ("train", "dev", "test")}
-    if data.show:
+    data = None if cfg.stage == "pipeline" else _build(cfg.data, "data")
+    if data and data.show:
         from alignkit.show import show_rows
 
         show_rows(cfg, data)
         return {}
-    record = {"sources": {s: getattr(data, s) for s in splits}, "rows": splits, "sha256": data.fingerprint()}
-    record["overlap"] = {s: overlap(data.rows("train"), data.rows(s)) for s in ("dev", "test") if splits[s]}
-    for split, n in record["overlap"].items():
-        if n and cfg.stage != "evaluate":
-            print(
-                f"warning: {n} of {splits[split]} {split} prompts stand word for word in the training data.",
-                file=sys.stderr,
-            )
+    directory = Path(cfg.run.dir)
+    with locked(directory):
+        if cfg.run.overwrite:
+            _clear(directory)
+        done = _finished(cfg, directory, data)
+        if done is not None:
+            print(f"{directory} is finished; nothing to do. Start anew with run.overwrite=true.")
+            return done
+        if data is None:
+            from alignkit.stages import pipeline
+
+            return pipeline.run(cfg)
+        return _run(cfg, data)
+
+
+def objective(result: dict[str, Any], cfg: DictConfig) -> float | None:
+    """What a sweeper maximises: the selected metric on dev; None where there is no dev split."""
+    return float(result["best"]["value"]) if result.get("best") else None
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep a second process out of a run directory; the system lets go of the lock with the process.
+
+    Raises:
+        UserError: another process works there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{directory}: another process is working on this run. Wait for it, or stop it.") from None
+        except (ImportError, OSError):
+            pass  # no such locks here: two processes in one directory are then the user's care
+        yield
+
+
+def _run(cfg: DictConfig, data: Data) -> dict[str, Any]:
+    wanted = ("dev", "test") if cfg.stage == "evaluate" else ("train", "dev", "test")
+    rows = {split: data.rows(split) for split in wanted}
+    record: dict[str, Any] = {
+        "sources": {split: getattr(data, split) for split in wanted},
+        "rows": {split: len(found) for split, found in rows.items()},
+        "sha256": data.fingerprint(wanted),
+    }
+    if "train" in rows:
+        record["overlap"] = {split: overlap(rows["train"], rows[split]) for split in ("dev", "test") if rows[split]}
+        for split, n in record["overlap"].items():
+            if n:
+                print(
+                    f"warning: {n} of {len(rows[split])} {split} prompts stand word for word in the training data.",
+                    file=sys.stderr,
+                )
 
     import torch
 
@@ -62,18 +98,36 @@ def launch(cfg: DictConfig) -> dict[str, Any]:
 
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
-    algo = _build(cfg.algo, "algo") if cfg.stage != "evaluate" else None
+    algo = None if cfg.stage == "evaluate" else _build(cfg.algo, "algo")
     reward = _build(cfg.reward, "reward") if cfg.reward else None
     stage = importlib.import_module(f"alignkit.stages.{cfg.stage}")
     run = Run(cfg, record["sha256"], sys.argv)
     run.write_json("data.json", record)
     try:
-        result = stage.run(cfg, run, data, algo, reward)
+        result: dict[str, Any] = stage.run(cfg, run, data, algo, reward)
     finally:
         run.close()
     from alignkit.stages.evaluate import report
 
     print(report(result))
+    return result
+
+
+def _finished(cfg: DictConfig, directory: Path, data: Data | None) -> dict[str, Any] | None:
+    """The result of a finished run of this very configuration on these very data, if there is one."""
+    file = directory / "result.json"
+    if not file.exists() or cfg.stage == "evaluate":
+        return None
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    same_settings(directory, result["signature"], signature(cfg))
+    if data is not None:
+        record = json.loads((directory / "data.json").read_text(encoding="utf-8"))
+        for split, digest in data.fingerprint().items():
+            if record["sha256"].get(split) != digest:
+                raise UserError(
+                    f"{directory} is finished, but data.{split} ({getattr(data, split)}) has changed since. Restore the "
+                    f"file, or start anew with run.overwrite=true."
+                )
     return result
 
 
@@ -89,16 +143,13 @@ def _build(node: DictConfig, name: str) -> Any:
 
 
 def _clear(directory: Path) -> None:
-    for path in directory.glob("*"):
-        if path.name != ".hydra":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Empty a run directory; a folder that no run has made is left alone.
 
-
-def objective(result: dict[str, Any], cfg: DictConfig) -> float | None:
-    """What a sweeper maximises: the selected metric on dev, else on test."""
-    if result.get("best"):
-        return float(result["best"]["value"])
-    evaluation = result.get("evaluation") or {}
-    test = (evaluation.get("after") or evaluation).get("test", {})
-    value = test.get(cfg.evaluate.select, {}).get("value")
-    return None if value is None else float(value)
+    Raises:
+        UserError: the folder holds something, but no run.
+    """
+    inside = [p for p in directory.iterdir() if p.name not in (".hydra", ".lock")]
+    if inside and not (directory / "config.yaml").exists():
+        raise UserError(f"{directory} holds files but no run (no config.yaml): run.overwrite=true does not empty it.")
+    for path in inside:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

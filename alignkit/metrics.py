@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
+from alignkit.errors import UserError
+
 SEED = 12345  # of the resamples; the same rows are drawn for two systems, so that differences are paired
 
 
@@ -29,6 +31,9 @@ def sentences(responses: list[str], references: list[list[str]], rewards: list[f
     With no references at all only ``reward`` is there.
     """
     stats: dict[str, np.ndarray] = {}
+    if any(references) and not all(references):
+        missing = next(i for i, r in enumerate(references) if not r)
+        raise UserError(f"held-out row {missing} has no references, others do. Complete or drop it.")
     if responses and all(references):
         width = max(len(r) for r in references)
         streams: list[list[str | None]] = [[r[j] if j < len(r) else None for r in references] for j in range(width)]

@@ -118,7 +118,7 @@ class Policy:
             UserError: a row without a response.
         """
         for row in rows:
-            if not row["response"]:
+            if row["response"] is None:
                 raise UserError(
                     f"training row {row['id']} has no response. Set data.response to a template over the columns."
                 )
@@ -345,7 +345,10 @@ def resolve(path: str) -> str:
     if (folder / "final").is_dir():
         folder = folder / "final"
     elif not (folder / "config.json").exists():
-        saved = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+        saved = sorted(
+            (p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()),
+            key=lambda p: int(p.name.rpartition("-")[2]),
+        )
         if not saved:
             raise UserError(f"model.path={path}: neither a model (config.json) nor a run with final/ or checkpoint-N/.")
         folder = saved[-1]

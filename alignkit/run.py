@@ -23,8 +23,10 @@ from safetensors import SafetensorError
 
 from alignkit import __version__
 from alignkit.batch import Batch, Loss
+from alignkit.config import same_settings, signature
 from alignkit.data import Row
 from alignkit.errors import Stopped, UserError
+from alignkit.files import write_atomically
 from alignkit.progress import Progress
 from alignkit.tracking import Tracker
 
@@ -50,14 +52,9 @@ class Run:
         self._seen: dict[str, float] = {}  # the ledger when `speed` was last asked
         self._order: tuple[int, int, list[int]] = (-1, -1, [])
         self.dir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.dir)
         self.checkpoint = self._latest()
         if self.checkpoint:
-            try:
-                self._read_state(fingerprint)
-            except UserError:
-                self._lock.close()
-                raise
+            self._read_state(fingerprint)
             self._seen = dict(self.ledger)
         self._drop_later_steps()
         self._start_record(fingerprint, command)
@@ -68,7 +65,6 @@ class Run:
         """Close the bar and the tracker, however the run ended."""
         self.progress.close()
         self.tracker.finish()
-        self._lock.close()
 
     # ---- drawing -------------------------------------------------------------------------------------------
 
@@ -134,7 +130,7 @@ class Run:
         Raises:
             Stopped: after Ctrl-C or SIGTERM, with the state saved.
         """
-        every = self.cfg.run.eval_every
+        every = self.cfg.evaluate.every
         better = False
         if every and (done % every == 0 or done == steps):
             dev = held_out.dev(policy)
@@ -144,9 +140,7 @@ class Run:
         if better or self.stop_asked or done % self.cfg.run.save_every == 0 or done == steps:
             self.save(done, policy, optimizer, algo.state())
         if self.stop_asked and done < steps:
-            raise Stopped(
-                f"stopped after step {done}, saved in {self.dir}/checkpoint-{done}. Repeat the command to go on."
-            )
+            raise Stopped(f"stopped after step {done}, saved in {self.dir}/checkpoint-{done}.")
 
     # ---- the optimizer step --------------------------------------------------------------------------------
 
@@ -260,6 +254,7 @@ class Run:
             return
         state = {
             "step": step,
+            "signature": signature(self.cfg),
             "algo": algo_state,
             "ledger": self.ledger,
             "best": self.best,
@@ -303,15 +298,14 @@ class Run:
         """The step that comes next: 0, or what the checkpoint says."""
         return int(self.state.get("step", 0))
 
-    def best_checkpoint(self) -> Path | None:
-        """The checkpoint of the best dev value, where there is one."""
-        path = self.dir / f"checkpoint-{int(self.best['step'])}" if self.best else None
-        return path if path and path.is_dir() else None
-
     def finish(self, policy: Any, steps: int, held_out: Any) -> dict[str, Any]:
         """Evaluate the last or best weights, write ``final/`` with its card, then ``result.json``: the run is finished."""
-        best = self.best_checkpoint()
-        if self.cfg.evaluate.final == "best" and best and best.name != f"checkpoint-{steps}":
+        if self.cfg.evaluate.final == "best" and self.best and self.best["step"] != steps:
+            best = self.dir / f"checkpoint-{self.best['step']}"
+            if not best.is_dir():
+                raise UserError(
+                    f"{best}, the best on dev, is gone. Restore it, or take the last with evaluate.final=last."
+                )
             policy.restore(best)
         after = held_out.test(policy, "after")
         with self._whole(self.dir / "final") as folder:
@@ -328,7 +322,7 @@ class Run:
             "stage": self.cfg.stage,
             "name": self.cfg.name,
             "seed": self.seed,
-            "signature": self.dir.name.rpartition("-")[2],
+            "signature": signature(self.cfg),
             "weights_sha256": weights,
             "evaluation": {"before": self.before, "after": after},
             "steps": steps,
@@ -349,14 +343,15 @@ class Run:
 
     def _prune(self) -> None:
         saved = sorted(self.dir.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.rpartition("-")[2]))
-        best = self.best_checkpoint()
+        best = f"checkpoint-{self.best['step']}" if self.best else None
         for path in saved[: -self.cfg.run.keep]:
-            if path != best:
+            if path.name != best:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _read_state(self, fingerprint: dict[str, str]) -> None:
         assert self.checkpoint is not None
         self.state = json.loads((self.checkpoint / "state" / "run.json").read_text(encoding="utf-8"))
+        same_settings(self.dir, self.state["signature"], signature(self.cfg))
         for split, digest in self.state["fingerprint"].items():
             if fingerprint.get(split) != digest:
                 raise UserError(
@@ -383,7 +378,7 @@ class Run:
         with open(starts, "a", encoding="utf-8") as f:
             f.write(line + "\n")
         for stale in self.dir.glob("*.partial"):
-            shutil.rmtree(stale, ignore_errors=True)
+            shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink()
         config = OmegaConf.to_yaml(OmegaConf.create(OmegaConf.to_container(self.cfg, resolve=True)))
         write_atomically(self.dir / "config.yaml", config)
         environment = environment_record()
@@ -463,28 +458,6 @@ def model_card(cfg: DictConfig, result: dict[str, Any]) -> str:
         lines.append(f"- {split}: {values}")
     lines += ["", "```yaml", OmegaConf.to_yaml(cfg, resolve=True), "```", ""]
     return "\n".join(lines)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file under a temporary name, then rename it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _lock(folder: Path) -> Any:
-    """An open file that keeps a second process out of a run directory; the system lets go of it with the process."""
-    file = open(folder / ".lock", "w")  # noqa: SIM115
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(f"{folder}: another process is working on this run. Wait for it, or stop it.") from None
-    except (ImportError, OSError):
-        pass  # no such locks here: two processes in one directory are then the user's care
-    return file
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ KEPT = ("loss", "grad_norm", "reward", "length", "k", "nll_sampled")
 
 def curve(root: Path, name: str) -> list[dict[str, float]]:
     """The numbers of each step that depend on the mathematics alone."""
-    _, run = train(root, *RUNS[name], "evaluate.test=false", "run.eval_every=0")
+    _, run = train(root, *RUNS[name], "evaluate.test=false", "evaluate.every=0")
     return [{k: v for k, v in line.items() if k in KEPT} for line in lines(run / "metrics.jsonl")]
 
 

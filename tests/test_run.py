@@ -31,7 +31,7 @@ def without_clock(path: Path) -> list[dict[str, object]]:
 
 
 def test_the_directory_holds_the_record(tmp_path: Path) -> None:
-    result, run = train(tmp_path, *ESRL, "run.save_every=2", "run.eval_every=2", "run.samples_every=3")
+    result, run = train(tmp_path, *ESRL, "run.save_every=2", "evaluate.every=2", "run.samples_every=3")
     names = {p.name for p in run.iterdir()}
     assert {"config.yaml", "command.txt", "environment.json", "metrics.jsonl", "samples.jsonl", "result.json", "data.json",
             "final", "outputs-before.jsonl", "outputs-after.jsonl"} <= names  # fmt: skip
@@ -55,7 +55,7 @@ def test_the_directory_holds_the_record(tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_plain_folders_and_the_last_and_best_are_kept(tmp_path: Path) -> None:
-    result, run = train(tmp_path, *ESRL, "run.save_every=1", "run.eval_every=1", "run.keep=2")
+    result, run = train(tmp_path, *ESRL, "run.save_every=1", "evaluate.every=1", "run.keep=2")
     kept = {int(p.name.split("-")[1]) for p in run.glob("checkpoint-*")}
     assert kept == {5, 6} | {result["best"]["step"]}
     model = AutoModelForSeq2SeqLM.from_pretrained(run / "checkpoint-6")
@@ -66,7 +66,7 @@ def test_checkpoints_are_plain_folders_and_the_last_and_best_are_kept(tmp_path: 
 
 
 def test_final_is_the_best_on_dev(tmp_path: Path) -> None:
-    result, run = train(tmp_path, *ESRL, "run.eval_every=1", "evaluate.select=length_ratio")
+    result, run = train(tmp_path, *ESRL, "evaluate.every=1", "evaluate.select=length_ratio")
     values = {m["step"]: m["dev/length_ratio"] for m in lines(run / "metrics.jsonl")}
     best = max(values, key=lambda step: (values[step], -step))
     assert result["best"] == {"step": best, "value": values[best]}
@@ -99,7 +99,7 @@ def test_a_stopped_run_ends_where_an_unbroken_one_does(
 
 def test_sigkill_at_random_moments_changes_nothing(tmp_path: Path) -> None:
     """Five kills, wherever they fall (a step, an evaluation, a save), and the same weights as an unbroken run."""
-    words = [*ESRL, "algo.steps=40", "run.save_every=3", "run.eval_every=5", "data.limit=200"]
+    words = [*ESRL, "algo.steps=40", "run.save_every=3", "evaluate.every=5", "data.limit=200"]
     whole, _ = train(tmp_path / "whole", *words)
     rng = random.Random(int.from_bytes(os.urandom(4), "big"))
     root = tmp_path / "killed"
@@ -229,7 +229,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:
         *SMALL_SFT,
         *SMALL_SEQ2SEQ,
         "run.save_every=2",
-        "run.eval_every=0",
+        "evaluate.every=0",
         "evaluate.test=false",
         f"run.root={tmp_path}",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def offline_records(run: Path) -> list[tuple[str, dict[str, str]]]:
     return found
 
 
+def records_of(run: Path, expected: int) -> list[tuple[str, dict[str, str]]]:
+    """The records, once as many as expected are there: wandb's own process may still be writing."""
+    deadline = time.monotonic() + 30
+    while len(offline_records(run)) < expected and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return offline_records(run)
+
+
 def logged(raw: bytes) -> Iterator[bytes]:
     """Records of a LevelDB log: blocks of 32 KiB, chunks of (checksum, length, kind), after wandb's header."""
     assert raw[:4] == b":W&B"
@@ -48,7 +57,7 @@ def test_an_offline_run_holds_the_metrics(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     _, run = train(tmp_path, *SMALL_SFT, *SMALL_SEQ2SEQ, "run.wandb=offline")
-    records = offline_records(run)
+    records = records_of(run, 6)
     assert [float(items["loss"]) for _, items in records] == pytest.approx(
         [m["loss"] for m in lines(run / "metrics.jsonl")]
     )
@@ -71,7 +80,7 @@ def test_a_resumed_run_goes_on_under_the_same_id(tmp_path: Path, monkeypatch: py
         with pytest.raises(Stopped):
             train(tmp_path, *words)
     _, run = train(tmp_path, *words)
-    records = offline_records(run)
+    records = records_of(run, 6)
     assert [int(items["_step"]) for _, items in records] == [1, 2, 3, 4, 5, 6]
     assert len({name for name, _ in records}) == 1
 

@@ -23,7 +23,7 @@ class RL:
     steps: int = 100  # sampling steps
     prompts_per_step: int = 32  # inputs a step
     max_new_tokens: int = 64  # longest response that is sampled
-    epochs: int = 1  # passes over the samples of a step
+    epochs: int = 1  # passes over the samples of a step; more than 1 is off-policy, and not corrected by a ratio
     minibatches: int = 1  # optimizer steps a pass
     micro_tokens: int = 4096  # tokens of a micro-batch, padding counted: memory and speed, never the result
     lr: float = 1e-5  # peak learning rate of AdamW
@@ -42,6 +42,12 @@ class RL:
         for name in ("steps", "prompts_per_step", "max_new_tokens", "epochs", "minibatches", "micro_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, is {getattr(self, name)}")
+        if self.max_grad_norm < 0:
+            raise ValueError("max_grad_norm must not be negative; 0 turns clipping off")
+        if self.minibatches > self.prompts_per_step:
+            raise ValueError(
+                f"minibatches ({self.minibatches}) cannot be more than prompts_per_step ({self.prompts_per_step})"
+            )
         if self.lr < 0 or self.mle_weight < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError("lr, mle_weight and top_k must not be negative; top_p lies in (0, 1]")
         if self.mle_weight and self.normalize != "groups":
@@ -62,8 +68,8 @@ class RL:
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         """Policy gradient, and the references' likelihood where ``mle_weight`` asks for it.
 
-        The card's mixed form, lambda L_RL + (1 - lambda) L_MLE, is ``mle_weight = (1 - lambda) / lambda`` with the
-        learning rate times lambda (esrl card, F4).
+        ``mle_weight = (1 - lambda) / lambda`` gives the weighting lambda L_RL + (1 - lambda) L_MLE of the released
+        code up to a factor, which AdamW does not see (``max_grad_norm`` does: divide it by lambda).
         """
         assert batch.advantages is not None
         logprobs = policy.forward(batch, batch.extra.get("logprob_temperature"))

@@ -15,7 +15,7 @@ class SFT:
     """Supervised fine-tuning (maximum likelihood) on demonstrations; the start of nearly every other method.
 
     Prompt tokens are not trained; the end-of-sequence token is. The loss is the mean over all response tokens of
-    the batch, whatever the micro-batches.
+    the batch, whatever the micro-batches (the dropout masks do depend on how it is cut).
     """
 
     steps: int | None = None  # optimizer steps; null: what `epochs` says
@@ -28,8 +28,21 @@ class SFT:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = 1.0
-    micro_tokens: int = 8192  # tokens of a micro-batch, padding counted: memory and speed, never the result
+    micro_tokens: int = (
+        8192  # tokens of a micro-batch, padding counted: memory and speed; the result only through dropout
+    )
     max_response_tokens: int | None = None  # longer responses are cut
+
+    def __post_init__(self) -> None:
+        if (
+            self.batch_size < 1
+            or self.micro_tokens < 1
+            or (self.steps is not None and self.steps < 1)
+            or self.epochs <= 0
+        ):
+            raise ValueError("batch_size, micro_tokens and steps must be at least 1, epochs above 0")
+        if self.lr < 0 or self.max_grad_norm < 0:
+            raise ValueError("lr and max_grad_norm must not be negative; max_grad_norm=0 turns clipping off")
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         return losses.nll(policy.forward(batch), batch.mask)

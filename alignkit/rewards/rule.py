@@ -55,30 +55,27 @@ class Constant:
     value: float = 1.0
 
     def __call__(self, batch: Batch) -> Tensor:
-        return torch.full((len(batch),), self.value, device=batch.response_ids.device)
+        return torch.full((len(batch),), float(self.value), device=batch.response_ids.device)
 
 
-UNSPOKEN = {"yes", "no", "true", "false", "none", "dontcare", "do not care", "hotel", "restaurant", "'none'", ""}
+UNSPOKEN = {"yes", "no", "true", "false", "none", "dont_care", "dontcare", "hotel", "restaurant", ""}
 
 
 @lru_cache(maxsize=100_000)
 def values(act: str) -> tuple[str, ...]:
-    """The slot values that a sentence for this act has to say word for word."""
+    """The distinct slot values that a sentence for this act has to say word for word, longest first."""
     inside = act.partition("(")[2].rpartition(")")[0]
-    found = []
-    for part in inside.split(";"):
-        value = part.partition("=")[2].strip().strip("'").strip()
-        if value and value not in UNSPOKEN:
-            found.append(value)
-    return tuple(found)
+    found = {part.partition("=")[2].strip().strip("'").strip() for part in inside.split(";")}
+    return tuple(sorted(found - UNSPOKEN, key=lambda v: (-len(v), v)))
 
 
 def _slots(act: str, response: str) -> float:
     wanted = values(act)
     if not wanted:
         return 1.0
-    counts = [len(re.findall(rf"(?<!\w){re.escape(v)}(?!\w)", response)) for v in wanted]
-    missing = sum(c == 0 for c in counts)
-    repeated = sum(max(0, c - 1) for c in counts)
     invented = sum(number not in act for number in re.findall(r"\d{5,}", response))
-    return max(0.0, 1 - (missing + repeated + invented) / len(wanted))
+    wrong = invented
+    for value in wanted:  # the longest first, blanked once counted: "alamo square" may also stand inside a name
+        response, count = re.subn(rf"(?<!\w){re.escape(value)}(?!\w)", " \x00 ", response)
+        wrong += abs(count - 1)
+    return max(0.0, 1 - wrong / len(wanted))

@@ -51,19 +51,19 @@ class HeldOut:
             )
         return value
 
-    def test(self, policy: Policy, name: str) -> dict[str, Table]:
-        """Test metrics with intervals, as ``{"test": …}``; writes ``outputs-{name}.jsonl``.
+    def test(self, policy: Policy, name: str, split: str = "test") -> dict[str, Table]:
+        """Metrics of a split with intervals, as ``{split: …}``; writes ``outputs-{name}.jsonl``.
 
         After a run that also kept its outputs from before, ``{"difference": …}`` holds the paired differences.
         """
-        rows = self.rows["test"]
+        rows = self.rows[split]
         if not rows:
             return {}
         with self.run.phase("evaluate"):
             scored, entries = self._score(policy, rows)
         path = self.run.dir / f"outputs-{name}.jsonl"
         path.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), encoding="utf-8")
-        tables = {"test": metrics.summary(scored, self.cfg.bootstrap)}
+        tables = {split: metrics.summary(scored, self.cfg.bootstrap)}
         earlier = self.run.dir / "outputs-before.jsonl"
         if name == "after" and earlier.exists() and self.cfg.bootstrap:
             old = [json.loads(x) for x in earlier.read_text(encoding="utf-8").split("\n") if x]
@@ -99,18 +99,17 @@ class HeldOut:
 def run(cfg: DictConfig, run: Run, data: Data, algo: None, reward: Any) -> dict[str, Any]:
     """Evaluate a model on the test rows (dev, where there is no test) and write the table and the outputs."""
     held_out = HeldOut(cfg.evaluate, data, reward, run)
-    if not held_out.rows["test"]:
-        held_out.rows["test"] = held_out.rows["dev"]
-    if not held_out.rows["test"]:
+    split = "test" if held_out.rows["test"] else "dev"
+    if not held_out.rows[split]:
         raise UserError("evaluate: the data have neither test nor dev rows. Set data.test.")
     policy = load(OmegaConf.to_object(cfg.model), cfg.seed)  # type: ignore[arg-type]
-    tables = held_out.test(policy, "test")
+    tables = held_out.test(policy, split, split)
     result = {
         "status": "finished", "stage": "evaluate", "name": cfg.name, "seed": cfg.seed, "model": cfg.model.path,
         "decode": OmegaConf.to_container(cfg.evaluate), "evaluation": tables, "signatures": metrics.signatures(),
         "seconds": {"evaluate": run.ledger["seconds/evaluate"]}, "directory": str(run.dir),
     }  # fmt: skip
-    (run.dir / "table.md").write_text(table({"test": tables["test"]}), encoding="utf-8")
+    (run.dir / "table.md").write_text(table(tables), encoding="utf-8")
     run.write_json("result.json", result)
     return result
 
@@ -129,11 +128,11 @@ def report(result: dict[str, Any]) -> str:
     """What a finished run prints: the metrics before and after, time a phase, where the files are."""
     evaluation = result["evaluation"]
     after = evaluation.get("after", evaluation)
-    columns = {"before": evaluation["before"]["test"]} if evaluation.get("before") else {}
-    if after.get("test"):
-        columns["after" if columns else "test"] = after["test"]
-    if after.get("difference"):
-        columns["difference (paired)"] = after["difference"]
+    columns = {"test before": evaluation["before"]["test"]} if evaluation.get("before") else {}
+    for split, found in after.items():
+        columns[
+            {"test": "test after" if columns else "test", "difference": "difference (paired)"}.get(split, split)
+        ] = found
     lines = ["", table(columns)] if columns else [""]
     seconds, peak = result.get("seconds", {}), result.get("peak_mb", {})
     if seconds:

@@ -12,56 +12,66 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from alignkit.config import signature
 from alignkit.errors import Stopped, UserError, suggest
+from alignkit.files import write_atomically
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Run every step of ``cfg.steps`` (name → command-line words); ``{name}`` in a word is that earlier step's directory.
 
-    A step's words are ``train`` words. ``run.root`` of the pipeline's own directory and the pipeline's seed are put
-    before them. Each step is a process of its own, so that its memory is given back.
+    A step's words are ``train`` words. ``run.dir`` inside the pipeline's own directory, its seed and its wandb mode
+    are put before them; other overrides belong into the step's words (``steps.NAME=[…]``). Each step is a process of its own, so that its memory is given back.
 
     Raises:
         UserError: a step that fails, or a word that names an unknown step.
     """
     directory = Path(cfg.run.dir)
-    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     done: dict[str, str] = {}
     results: dict[str, Any] = {}
     steps: Any = OmegaConf.to_container(cfg.steps, resolve=True)
     for name, words in steps.items():
         words = [
-            f"run.root={directory / name}",
+            f"run.dir={directory / name}",
             f"seed={cfg.seed}",
             f"run.wandb={cfg.run.wandb}",
             *(_fill(w, done, name) for w in words),
         ]
         print(f"== {name}: alignkit train {' '.join(words)}", flush=True)
-        code = _run_to_its_end([sys.executable, "-m", "alignkit", "train", *words])
-        if code == 130:
-            raise Stopped(f"stopped in step {name}. Repeat the command to go on.")
+        code, asked = _run_to_its_end([sys.executable, "-m", "alignkit", "train", *words])
+        if asked or code == 130:
+            raise Stopped(f"stopped in step {name}.")
         if code != 0:
             raise UserError(
                 f"pipeline step {name} failed (exit {code}); its message is above. Mend it and repeat the command."
             )
-        finished = max((directory / name).glob("*/result.json"), key=lambda p: p.stat().st_mtime)
-        done[name] = str(finished.parent)
-        results[name] = json.loads(finished.read_text(encoding="utf-8"))
+        done[name] = str(directory / name)
+        results[name] = json.loads((directory / name / "result.json").read_text(encoding="utf-8"))
     last = results[name]
     result = {**last, "stage": "pipeline", "name": cfg.name, "directory": str(directory), "steps_done": done}
-    (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result["signature"] = signature(cfg)
+    write_atomically(directory / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
-def _run_to_its_end(command: list[str]) -> int:
-    """Exit code of a step. Ctrl-C reaches it from the terminal, SIGTERM is handed on: it saves and stops by itself."""
+def _run_to_its_end(command: list[str]) -> tuple[int, bool]:
+    """(exit code of a step, whether a stop was asked for meanwhile).
+
+    Ctrl-C reaches the step from the terminal, SIGTERM is handed on: it saves and stops by itself.
+    """
     step = subprocess.Popen(command)
-    old = {
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: step.terminate()),
-    }
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        if number == signal.SIGTERM:
+            step.terminate()
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return step.wait()
+        return step.wait(), asked
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

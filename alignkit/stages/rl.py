@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from alignkit.algos._rl import RL
 from alignkit.batch import Batch
 from alignkit.data import Data
-from alignkit.ops import warmup_decay
+from alignkit.errors import UserError
+from alignkit.ops import group_mean, warmup_decay
 from alignkit.policy import load
 from alignkit.rewards import Reward
 from alignkit.run import Run
@@ -29,11 +32,12 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
 
     with run.training(algo.steps):
         for step in range(run.first_step, algo.steps):
+            run.seed_globally(step)  # for a reward that draws from torch's own generator
             with run.phase("sample"):
                 prompts = run.draw(rows, algo.prompts_per_step, step)
                 batch = algo.sample(policy, prompts, reward, run.generator(step, "sample"))
             with run.phase("score"):
-                batch = algo.credit(batch.with_(scores=reward(batch)))
+                batch = algo.credit(batch.with_(scores=_checked(reward(batch), batch)))
             with run.phase("update"):
                 lr = algo.lr * warmup_decay(step, algo.steps, algo.warmup, algo.schedule, algo.floor)
                 for _ in range(algo.epochs):
@@ -51,8 +55,24 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
     return run.finish(policy, algo.steps, held_out)
 
 
+def _checked(scores: Tensor, batch: Batch) -> Tensor:
+    """Scores (B,) as float32.
+
+    Raises:
+        UserError: another shape, or a score that is not finite.
+    """
+    if scores.shape != (len(batch),):
+        raise UserError(f"the reward gave scores of shape {tuple(scores.shape)} for {len(batch)} responses.")
+    bad = (~torch.isfinite(scores.float())).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"the reward of row {batch.rows[bad[0]]['id']} is {float(scores[bad[0]])}, response {batch.responses[bad[0]]!r}."
+        )
+    return scores.float()
+
+
 def _count(run: Run, batch: Batch, algo: RL) -> None:
-    run.count("samples", len(batch))
+    run.count("samples", len(batch))  # a greedy probe counts in tokens and seconds, not here
     run.count("tokens/sampled", float(batch.mask.sum()) + batch.probe_tokens)
     run.count("tokens/trained", float(batch.mask.sum()) * algo.epochs)
 
@@ -60,9 +80,10 @@ def _count(run: Run, batch: Batch, algo: RL) -> None:
 def _metrics(batch: Batch, algo: RL) -> dict[str, float]:
     """Reward, its spread, and what shows that something is wrong: dead groups, length, sequences cut off."""
     assert batch.scores is not None and batch.logprobs is not None and batch.advantages is not None
+    means = group_mean(batch.scores, batch.group)[batch.group_starts()]  # over rows, hard inputs would weigh more
     return {
-        "reward": float(batch.scores.mean()),
-        "reward_std": float(batch.scores.std(correction=0)),
+        "reward": float(means.mean()),
+        "reward_std": float(means.std(correction=0)),
         "zero_advantage": float((batch.advantages.abs().sum(1) == 0).float().mean()),
         "length": float(batch.lengths.float().mean()),
         "cut_off": float((batch.lengths == algo.max_new_tokens).float().mean()),
