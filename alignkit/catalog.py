@@ -79,7 +79,11 @@ def card(name: str) -> str:
             groups = [e for e in content.get("defaults", []) if isinstance(e, dict)]
             chosen = {k.removeprefix("override /"): v for e in groups for k, v in e.items()}
             lines += ["", "brings: " + ", ".join(f"{k}={v}" for k, v in chosen.items())]
-        example = f"alignkit train {plus}{group}={name}" if plus else f"alignkit train +algo=sft {group}={name}"
+        example = (
+            f"alignkit train {plus}{group}={name}"
+            if plus
+            else f"alignkit train +algo={'esrl' if group == 'reward' else 'sft'} {group}={name}"
+        )
         if content.get("stage") == "evaluate":
             example = "alignkit evaluate RUN_OR_MODEL"
         example += "".join(f" {key}=VALUE" for key in _left_open(group, name))
@@ -174,4 +178,4 @@ def _header(path: Path) -> str:
 
 
 def _plain(value: Any) -> str:
-    return str(value) if not isinstance(value, str) else repr(value)
+    return repr(value) if isinstance(value, str) else str(value)

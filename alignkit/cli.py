@@ -21,6 +21,7 @@ USAGE = """alignkit: alignment experiments from one configuration
 
 `alignkit train +algo=NAME --cfg job` prints the composed configuration; `--help` prints Hydra's flags."""
 
+RECORD = (".hydra", ".lock", "command.txt", "config.yaml", "environment.json", "data.json", "wandb")
 VERBS = ("train", "evaluate", "list", "show", "doctor")
 
 
@@ -94,7 +95,10 @@ def train(words: list[str]) -> None:
 
     register()
     sys.argv = ["alignkit train", *words]
-    sys.path.append(os.getcwd())  # so that a class of the user's, beside the configuration, can be named
+    sys.path += [
+        os.getcwd(),
+        *map(str, _config_dirs(words)),
+    ]  # so that a class of the user's, beside the configuration, can be named
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, instead of printing them and exiting with 1
     started = False
 
@@ -108,7 +112,8 @@ def train(words: list[str]) -> None:
     except (HydraException, OmegaConfBaseException) as e:
         if started:
             raise
-        raise UserError(" ".join(str(x).split("\n")[0] for x in (e, e.__cause__) if x)) from None
+        hint = " Quote a value with braces twice: 'data.prompt=\"{column}\"'." if any("{" in w for w in words) else ""
+        raise UserError(" ".join(str(x).split("\n")[0] for x in (e, e.__cause__) if x) + hint) from None
 
 
 def _job(cfg: object) -> float | None:
@@ -145,8 +150,7 @@ def hydra_words(words: list[str]) -> list[str]:
     multirun = [w for w in words if w in ("-m", "--multirun")]  # Hydra's parser wants its flags first
     words = multirun + [w for w in words if w not in multirun]
     words = [re.sub(r"^(model|data|reward)=null$", r"~\1", w) for w in words]
-    extra = [Path(words[i + 1]) for i, w in enumerate(words[:-1]) if w in ("--config-dir", "-cd")]
-    extra += [Path(w.partition("=")[2]) for w in words if w.startswith("--config-dir=")]
+    extra = _config_dirs(words)
     for word in words:
         matched = re.match(r"^[+~]*([\w./@-]+)=(.*)$", word)
         if not matched or word.startswith("-"):
@@ -170,6 +174,11 @@ def hydra_words(words: list[str]) -> list[str]:
     return words
 
 
+def _config_dirs(words: list[str]) -> list[Path]:
+    after = [words[i + 1] for i, w in enumerate(words[:-1]) if w in ("--config-dir", "-cd")]
+    return [Path(w) for w in after + [w.partition("=")[2] for w in words if w.startswith(("--config-dir=", "-cd="))]]
+
+
 def evaluate_words(words: list[str]) -> list[str]:
     """``RUN_OR_MODEL [overrides]`` as the words of the evaluate stage; a run brings its own data.
 
@@ -181,6 +190,10 @@ def evaluate_words(words: list[str]) -> list[str]:
     model, rest = words[0], words[1:]
     given = [] if any(w.startswith("data=") for w in rest) else _data_of(Path(model))
     if not given and not any(w.startswith(("data=", "data.")) for w in rest):
+        if model.count("/") and not Path(model).exists() and Path(model).parent.is_dir():
+            raise UserError(
+                f"evaluate: {model}: no such run or folder.{suggest(model, map(str, Path(model).parent.iterdir()))}"
+            )
         raise UserError(f"evaluate: {model} is not a run, so name the data: data=NAME (see `alignkit list`).")
     plain = re.fullmatch(r"[\w./:@-]+", model)
     quoted = model if plain else "'" + model.replace("'", r"\'") + "'"
@@ -204,10 +217,10 @@ def _how_to_go_on(overwrite: bool) -> str:
 
 
 def _remove_if_empty(directory: Path) -> None:
-    """Take back a directory in which nothing but Hydra's record lies."""
+    """Take back a directory in which a start has left its record, but no step and no result."""
     import shutil
 
-    if directory.is_dir() and all(p.name in (".hydra", ".lock") for p in directory.iterdir()):
+    if directory.is_dir() and all(p.name in RECORD for p in directory.iterdir()):
         shutil.rmtree(directory)
 
 

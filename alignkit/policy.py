@@ -341,6 +341,9 @@ def resolve(path: str) -> str:
     if not folder.is_dir():
         if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise UserError(f"model.path={path}: no such folder.")
+        if folder.parent.is_dir() and "/" in path:
+            near = [str(p) for p in folder.parent.iterdir() if p.is_dir()]
+            raise UserError(f"model.path={path}: no such run or folder.{suggest(path, near)}")
         return path  # a hub id
     if (folder / "final").is_dir():
         folder = folder / "final"

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -93,8 +94,10 @@ class Run:
 
     # ---- the loop's frame ----------------------------------------------------------------------------------
 
-    def optimizer(self, model: torch.nn.Module, algo: Any) -> torch.optim.Optimizer:
+    def optimizer(self, model: torch.nn.Module, algo: Any, steps: int) -> torch.optim.Optimizer:
         """Fused AdamW over what is trained, with the state of the checkpoint that is resumed."""
+        if algo.warmup >= steps:
+            print(f"warning: algo.warmup={algo.warmup} is not shorter than the run ({steps} steps).", file=sys.stderr)
         trained = [p for p in model.parameters() if p.requires_grad]
         adamw = torch.optim.AdamW(
             trained, lr=algo.lr, betas=tuple(algo.betas), weight_decay=algo.weight_decay, fused=True
@@ -114,6 +117,8 @@ class Run:
             self.progress.say("stopping after this step (again: at once) …")
 
         old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        at = f"goes on after step {self.first_step} of {steps}" if self.first_step else f"{steps} steps"
+        self.progress.say(f"{self.dir}: {at}")
         self.progress.start(self.first_step, steps)
         try:
             yield
@@ -372,7 +377,7 @@ class Run:
     def _start_record(self, fingerprint: dict[str, str], command: list[str]) -> None:
         self.fingerprint = fingerprint
         starts = self.dir / "command.txt"
-        line = " ".join(command)
+        line = shlex.join([*command[0].split(), *command[1:]])
         before = starts.read_text(encoding="utf-8").split("\n") if starts.exists() else []
         self.resumes = sum(1 for x in before if x)
         with open(starts, "a", encoding="utf-8") as f:

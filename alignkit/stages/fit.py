@@ -27,7 +27,7 @@ def fit(
     The algorithm brings batch_size, steps or epochs, lr, warmup, schedule, max_grad_norm and micro_tokens.
     """
     steps = algo.steps or math.ceil(algo.epochs * len(rows) / algo.batch_size)
-    optimizer = run.optimizer(policy.model, algo)
+    optimizer = run.optimizer(policy.model, algo, steps)
     with run.training(steps):
         for step in range(run.first_step, steps):
             run.seed_globally(step)

@@ -23,7 +23,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
     """Improve a policy on its own samples; evaluate before, now and then on dev, and after."""
     rows = data.rows("train")
     policy = load(OmegaConf.to_object(cfg.model), cfg.seed, data.texts(), run.checkpoint)  # type: ignore[arg-type]
-    optimizer = run.optimizer(policy.model, algo)
+    optimizer = run.optimizer(policy.model, algo, algo.steps)
     held_out = HeldOut(cfg.evaluate, data, reward, run)
     if run.checkpoint:
         algo.load_state(run.state["algo"])
