@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
+from alignkit import ops
+
 COMPACT_BELOW = 0.85  # drop finished rows from the cache once fewer than this share of its rows are alive
 
 
@@ -91,8 +93,7 @@ def decode(
         mask[row, t] = True
         logprobs[row, t] = (logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1))[going]
         if entropies is not None:
-            logp = logits.log_softmax(-1)
-            entropies[row, t] = -(logp.exp() * logp).sum(-1)[going]
+            entropies[row, t] = ops.entropy(logits)[going]
         going = going & ~torch.isin(token, stop)
         left = int(going.sum())
         if left == 0 or t + 1 == how.max_new_tokens:

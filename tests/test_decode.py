@@ -466,9 +466,8 @@ def test_logprobs_and_entropy_equal_an_unpadded_pass(any_policy):
             assert torch.all(found[i, n:] == 0)
 
 
-_COUNTS_PADDING = pytest.mark.xfail(
-    reason="transformers gives the tokens after a padding id other positions with a cache than without", strict=True
-)
+_WHY = "transformers gives the tokens after a padding id other positions with a cache than without"
+_COUNTS_PADDING = pytest.mark.xfail(reason=_WHY, strict=True)
 
 
 @pytest.mark.parametrize(
