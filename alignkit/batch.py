@@ -19,6 +19,17 @@ class Loss:
     metrics: dict[str, float] = field(default_factory=dict)  # means over this micro-batch
 
 
+TOKENS = (
+    "response_ids",
+    "mask",
+    "logprobs",
+    "ref_logprobs",
+    "values",
+    "returns",
+    "advantages",
+)  # fields of shape (B, T)
+
+
 @dataclass
 class Batch:
     """B rows, P prompt tokens, T response tokens.
@@ -36,8 +47,9 @@ class Batch:
     rows: list[dict[str, Any]]  # B data rows; the rows of one group are the same object
     responses: list[str]  # B texts
     logprobs: Tensor | None = None  # (B, T) of the sampled tokens, at temperature 1
-    ref_logprobs: Tensor | None = None  # (B, T)
-    rewards: Tensor | None = None  # (B, T) per-token rewards
+    ref_logprobs: Tensor | None = None  # (B, T) of the same tokens under the reference model
+    values: Tensor | None = None  # (B, T) what the critic expects before each token
+    returns: Tensor | None = None  # (B, T) what the critic is trained towards
     advantages: Tensor | None = None  # (B, T)
     scores: Tensor | None = None  # (B,) one reward a response
     extra: dict[str, Tensor] = field(default_factory=dict)  # (B, ...) what one method alone needs
@@ -74,6 +86,42 @@ class Batch:
                 picked[f.name] = value
         return Batch(**picked)._trim()
 
+    def drawn(self) -> Batch:
+        """Without the rows that were given, not drawn: ``extra["given"]`` (B,) bool, where a method adds some."""
+        given = self.extra.get("given")
+        return self if given is None else self.take((~given).nonzero()[:, 0])
+
+    @staticmethod
+    def stack(parts: list[Batch], left: bool) -> Batch:
+        """The rows of all parts, one below the other, groups kept apart; what not every part has is dropped.
+
+        ``left``: prompts are padded on that side, as a causal model has them.
+        """
+        groups, offset = [], 0
+        for part in parts:
+            index = torch.unique_consecutive(part.group, return_inverse=True)[1]
+            groups.append(index + offset)
+            offset += int(index.max()) + 1
+        joined: dict[str, Any] = {"group": torch.cat(groups)}
+        for f in fields(Batch):
+            values = [getattr(part, f.name) for part in parts]
+            if f.name == "group" or any(v is None for v in values):
+                continue
+            if isinstance(values[0], Tensor):
+                joined[f.name] = _padded(values, left and f.name in ("prompt_ids", "prompt_mask"))
+            elif isinstance(values[0], dict):
+                common = [k for k in values[0] if all(k in v for v in values)]
+                joined[f.name] = {k: _padded([v[k] for v in values]) for k in common}
+            else:
+                joined[f.name] = sum(values[1:], values[0])
+        return Batch(**joined)
+
+    def merge(self, other: Batch) -> Batch:
+        """The rows of both, those of ``other`` behind the rows of the same prompt; both hold the same prompts in order."""
+        joined = Batch.stack([self, other], left=True)  # equal prompts need no padding on either side
+        group = joined.group % (int(joined.group.max() + 1) // 2)
+        return joined.with_(group=group).take(torch.sort(group, stable=True).indices)
+
     def _trim(self) -> Batch:
         """Cut columns that are padding in every row; the prompt keeps its padding side."""
         if not len(self):
@@ -85,7 +133,7 @@ class Batch:
             "prompt_ids": self.prompt_ids[:, first:last],
             "prompt_mask": self.prompt_mask[:, first:last],
         }
-        for name in ("response_ids", "mask", "logprobs", "ref_logprobs", "rewards", "advantages"):
+        for name in TOKENS:
             value = getattr(self, name)
             cut[name] = None if value is None else value[:, :width]
         return replace(self, **cut)
@@ -116,7 +164,7 @@ class Batch:
                 yield self.take(torch.arange(first, last))
 
     def split(self, budget: int) -> list[Batch]:
-        """Micro-batches of at most ``budget`` tokens, padding counted, from groups sorted by length.
+        """Micro-batches of at most ``budget`` tokens, each prompt counted once, from groups sorted by length.
 
         A group is never cut, so one larger than the budget makes a part of its own. The sum of a loss over
         the parts is its sum over the batch: this changes memory and speed, never the result.
@@ -124,14 +172,25 @@ class Batch:
         starts, sizes = self._group_starts()
         spans = [range(int(s), int(s + n)) for s, n in zip(starts, sizes, strict=True)]
         prompt, response = self.prompt_mask.sum(1).tolist(), self.lengths.tolist()
-        longest = [(max(prompt[i] for i in span), max(response[i] for i in span)) for span in spans]
+        cost = [prompt[span[0]] + sum(response[i] for i in span) for span in spans]
         parts: list[list[int]] = []
-        width = (0, 0)
-        for g in sorted(range(len(spans)), key=lambda g: (sum(longest[g]), g)):
-            grown = (max(width[0], longest[g][0]), max(width[1], longest[g][1]))
-            if not parts or (len(parts[-1]) + len(spans[g])) * sum(grown) > budget:
+        filled = 0
+        for g in sorted(range(len(spans)), key=lambda g: (cost[g], g)):
+            if not parts or filled + cost[g] > budget:
                 parts.append([])
-                grown = longest[g]
+                filled = 0
             parts[-1].extend(spans[g])
-            width = grown
+            filled += cost[g]
         return [self.take(torch.tensor(part)) for part in parts]
+
+
+def _padded(tensors: list[Tensor], left: bool = False) -> Tensor:
+    """Concatenated along the rows, the second axis padded with zeros to the widest."""
+    width = max((t.shape[1] for t in tensors if t.dim() > 1), default=0)
+    wide = []
+    for t in tensors:
+        if t.dim() > 1:
+            more = t.new_zeros(t.shape[0], width - t.shape[1], *t.shape[2:])
+            t = torch.cat([more, t] if left else [t, more], dim=1)
+        wide.append(t)
+    return torch.cat(wide)

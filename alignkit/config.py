@@ -39,7 +39,8 @@ class Model:
     config: Any = None  # transformers settings of a model built from scratch; model_type is required
     tokenizer: str | None = None  # id or folder; null: the model's own, or one trained on the data
     vocab_size: int = 2000  # of a tokenizer trained on the data
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the weights
+    compute: str = "same"  # same | bfloat16: sampling, forward and backward in bfloat16 on float32 master weights
     device: str = "auto"  # auto | cpu | cuda | mps
     gradient_checkpointing: bool = False
     lora: Lora = field(default_factory=Lora)
@@ -166,6 +167,7 @@ def check(cfg: DictConfig) -> None:
         ("evaluate.select", ("bleu", "chrf", "exact_match", "length_ratio", "reward")),
         ("run.wandb", ("auto", "online", "offline", "disabled")),
         ("model.dtype", ("float32", "bfloat16", "float16")),
+        ("model.compute", ("same", "bfloat16")),
     ):
         chosen = OmegaConf.select(cfg, name)
         if chosen not in allowed:
@@ -189,11 +191,40 @@ def check(cfg: DictConfig) -> None:
                 f"{node}: names no _target_; choose {node}=NAME (see `alignkit list`) or give {node}._target_."
             )
             continue
+        if node == "algo" and stage == "rl":
+            value = _without_schedules(value, wrong)
         _walk(value, node, wrong)
-    if stage == "rl" and (cfg.model.gradient_checkpointing or cfg.model.lora.dropout):
-        wrong.append("model: gradient_checkpointing and lora.dropout have no effect in RL, which runs without dropout.")
+    if stage == "rl" and cfg.model.lora.dropout:
+        wrong.append("model.lora.dropout: has no effect in RL, which runs without dropout.")
+    if cfg.model.compute != "same" and cfg.model.gradient_checkpointing:
+        wrong.append(
+            "model.gradient_checkpointing: recomputes with the float32 weights, so it needs model.compute=same."
+        )
     if wrong:
         raise UserError("the configuration cannot be run:\n" + "\n".join(f"  - {line}" for line in wrong))
+
+
+def _without_schedules(algo: dict[str, Any], wrong: list[str]) -> dict[str, Any]:
+    """The settings with each schedule's start in its place; what is wrong with a schedule is noted."""
+    plain = dict(algo)
+    for key, value in algo.items():
+        if not isinstance(value, dict) or "_target_" in value or not {"start", "end"} & set(value):
+            continue
+        numbers: list[Any] = [value.get("start"), value.get("end")]
+        shape, steps = value.get("shape", "linear"), value.get("steps")
+        unknown = sorted(set(value) - {"start", "end", "shape", "steps"})
+        if unknown:
+            wrong.append(f"algo.{key}.{unknown[0]}: unknown.{suggest(unknown[0], ('start', 'end', 'shape', 'steps'))}")
+        elif not all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers):
+            wrong.append(f"algo.{key}: a schedule needs numbers for start and end, is {value!r}.")
+        elif shape not in ("linear", "cosine", "exponential"):
+            wrong.append(f"algo.{key}.shape: must be linear, cosine or exponential, is {shape!r}.")
+        elif shape == "exponential" and min(numbers) <= 0:
+            wrong.append(f"algo.{key}: an exponential schedule needs start and end above 0.")
+        elif steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+            wrong.append(f"algo.{key}.steps: must be a number of steps, is {steps!r}.")
+        plain[key] = float(numbers[0]) if isinstance(numbers[0], int | float) else 0.0
+    return plain
 
 
 def _walk(value: Any, path: str, wrong: list[str]) -> None:

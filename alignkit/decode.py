@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from alignkit import ops
 
-COMPACT_BELOW = 0.85  # drop finished rows from the cache once fewer than this share of its rows are alive
+COMPACT_BELOW = 1.0  # drop finished rows from the cache once fewer than this share of its rows are alive
+BLOCK = 64  # a draw first finds its block of this many tokens, then the token in it
 
 
 @dataclass
@@ -24,6 +27,8 @@ class Decode:
     top_k: int = 0  # 0: off. Filters change the distribution that is sampled, not the log-probs returned
     top_p: float = 1.0  # 1: off
     entropy: bool = False  # also return the entropy of each step
+    top: bool = False  # also return the probability of the likeliest token at each step
+    tempered: bool = False  # log-probabilities at the sampling temperature instead of 1
 
 
 @dataclass
@@ -32,8 +37,9 @@ class Decoded:
 
     ids: Tensor  # (R, T) int64
     mask: Tensor  # (R, T) bool
-    logprobs: Tensor  # (R, T) of the chosen tokens under the unfiltered model at temperature 1
+    logprobs: Tensor  # (R, T) of the chosen tokens under the unfiltered model, at temperature 1 unless ``tempered``
     entropy: Tensor | None  # (R, T) nats, where asked for
+    top: Tensor | None  # (R, T) probability of the likeliest token, where asked for
 
 
 @torch.no_grad()
@@ -60,65 +66,105 @@ def decode(
         generator: one uniform number per row and step is drawn up front, so the result does not depend on
             which rows have finished.
     """
-    device = prompt_ids.device
+    device, steps = prompt_ids.device, how.max_new_tokens
     rows = int(counts.sum())
     owner = torch.arange(len(counts), device=device).repeat_interleave(counts)
-    uniform = None
-    if not how.greedy:
-        uniform = torch.rand(rows, how.max_new_tokens, generator=generator).to(device)
-    tau = None if temperature is None else temperature.to(device)[owner]
+    uniform = None if how.greedy else torch.rand(rows, steps, generator=generator).to(device)
+    tau = None if temperature is None or bool((temperature == 1).all()) else temperature.to(device)[owner, None]
 
     state = _Encoded(model, prompt_ids, prompt_mask, start) if start else _Prompted(model, prompt_ids, prompt_mask)
+    _write_in_place(state.cache)
     logits = state.first()[owner]
     state.select(owner)
 
-    ids = torch.full((rows, how.max_new_tokens), pad, dtype=torch.long, device=device)
-    mask = torch.zeros(rows, how.max_new_tokens, dtype=torch.bool, device=device)
-    logprobs = torch.zeros(rows, how.max_new_tokens, device=device)
-    entropies = torch.zeros(rows, how.max_new_tokens, device=device) if how.entropy else None
+    ids = torch.full((rows, steps), pad, dtype=torch.long, device=device)
+    mask = torch.zeros(rows, steps, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(rows, steps, device=device)
+    entropies = torch.zeros(rows, steps, device=device) if how.entropy else None
+    tops = torch.zeros(rows, steps, device=device) if how.top else None
     stop = torch.tensor(eos, device=device)
     alive = torch.arange(rows, device=device)  # rows that the cache holds …
     going = torch.ones(rows, dtype=torch.bool, device=device)  # … and which of them have not ended
 
-    for t in range(how.max_new_tokens):
+    for t in range(steps):
         logits = logits.float()
-        if how.greedy:
-            token = logits.argmax(-1)
-        else:
-            scaled = logits if tau is None else logits / tau[alive, None]
-            assert uniform is not None
-            token = _inverse_cdf(_filter(scaled, how.top_k, how.top_p).softmax(-1), uniform[alive, t])
+        token, logprob = _choose(
+            logits, how, None if tau is None else tau[alive], None if uniform is None else uniform[alive, t]
+        )
         row = alive[going]
         ids[row, t] = token[going]
         mask[row, t] = True
-        logprobs[row, t] = (logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1))[going]
+        logprobs[row, t] = logprob[going]
+        if tops is not None:
+            tops[row, t] = logits.softmax(-1).amax(-1)[going]
         if entropies is not None:
             entropies[row, t] = ops.entropy(logits)[going]
         going = going & ~torch.isin(token, stop)
         left = int(going.sum())
-        if left == 0 or t + 1 == how.max_new_tokens:
+        if left == 0 or t + 1 == steps:
             break
         if left < COMPACT_BELOW * len(going):
-            keep = going.nonzero().flatten()
+            keep = _fill_gaps(going, left)
             state.select(keep)
             alive, token, going = alive[keep], token[keep], going[keep]
         logits = state.next(token)
     used = int(mask.any(0).sum())
-    return Decoded(
-        ids[:, :used], mask[:, :used], logprobs[:, :used], None if entropies is None else entropies[:, :used]
-    )
+    kept = [None if x is None else x[:, :used] for x in (entropies, tops)]
+    return Decoded(ids[:, :used], mask[:, :used], logprobs[:, :used], *kept)
+
+
+def _fill_gaps(going: Tensor, left: int) -> Tensor:
+    """Indices (left,) of the rows that go on, where the last ones take the places of those that have ended.
+
+    Rows that stay where they are need not be copied.
+    """
+    keep = torch.arange(left, device=going.device)
+    keep[~going[:left]] = going[left:].nonzero().flatten() + left
+    return keep
+
+
+def _choose(logits: Tensor, how: Decode, tau: Tensor | None, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The next token and its log-probability: logits (R, V), tau (R, 1), uniform (R,) or None: greedy → (R,), (R,)."""
+    scaled = logits if tau is None else logits / tau
+    measured = scaled if how.tempered else logits
+    if uniform is None:
+        token = logits.argmax(-1)
+    else:
+        filtered = _filter(scaled, how.top_k, how.top_p)
+        probs = filtered.softmax(-1)
+        token = _inverse_cdf(probs, uniform)
+        if filtered is measured:  # no further pass over the vocabulary; what was drawn cannot have underflowed
+            return token, probs.gather(-1, token[:, None]).squeeze(-1).log()
+    return token, measured.gather(-1, token[:, None]).squeeze(-1) - measured.logsumexp(-1)
 
 
 def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Sample one index a row by inverting the cumulative sum: probs (R, V), uniform (R,) in [0, 1) → (R,).
+    """Sample one index a row by inverting the cumulative sum: probs (R, V), uniform (R,) in [0, 1] → (R,).
 
-    ``right=True`` finds the first index whose cumulative sum exceeds the target, so a token of probability zero
-    is never drawn; the target stays below the total, which rounding may keep from being one.
+    Two levels, the block and then the token in it: sums of blocks are faster than a cumulative sum over the
+    vocabulary, and round less.
     """
-    cdf = probs.cumsum(-1)
+    vocabulary = probs.shape[-1]
+    whole = vocabulary - vocabulary % BLOCK
+    blocks = torch.cat(
+        [probs[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1), probs[:, whole:].sum(-1, keepdim=True)], dim=-1
+    )
+    cdf = blocks.cumsum(-1)
+    target = uniform[:, None] * cdf[:, -1:]
+    block = _first_above(cdf, target)
+    target = (target - (cdf - blocks).gather(-1, block)).clamp(min=0)  # rounding must not lead below the block
+    index = block * BLOCK + torch.arange(BLOCK, device=probs.device)
+    inside = probs.gather(-1, index.clamp(max=vocabulary - 1)).masked_fill(index >= vocabulary, 0)
+    return (block * BLOCK + _first_above(inside.cumsum(-1), target)).squeeze(-1)
+
+
+def _first_above(cdf: Tensor, target: Tensor) -> Tensor:
+    """First index at which a cumulative sum exceeds its target: (R, N), (R, 1) → (R, 1); never one without mass.
+
+    The target is kept below the total, which rounding can make smaller than it should be.
+    """
     total = cdf[:, -1:]
-    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+    return torch.searchsorted(cdf, torch.minimum(target, torch.nextafter(total, torch.zeros_like(total))), right=True)
 
 
 def _filter(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -131,6 +177,84 @@ def _filter(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         cut = probs.cumsum(-1) - probs >= top_p  # mass before this token has already reached top_p
         logits = logits.masked_fill(cut.gather(-1, index.argsort(-1)), -torch.inf)
     return logits
+
+
+class _InPlace(DynamicLayer):
+    """Keys and values of one attention layer, in buffers with room to spare.
+
+    ``DynamicLayer`` copies all it holds at every step, and once more when rows leave. Here a step writes its own
+    position, and a row that leaves costs the copy of one row at most. Backward would need what is overwritten, so this
+    is for decoding without gradients.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.is_sliding = window is not None
+        self.kept = sys.maxsize if window is None else window - 1  # past positions that a new token may look at
+        self.seen = 0  # positions written so far …
+        self.end = 0  # … and where the last of those ends in the buffers
+        self.buffers: list[Tensor] = []  # keys and values: (rows, heads, room, size); sizes may differ
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values (R, H, N, D); return the past that counts and them, (R, H, past + N, D)."""
+        states = (key_states, value_states)
+        past, new = min(self.seen, self.kept), key_states.shape[-2]
+        if not self.buffers or self.end + new > self.buffers[0].shape[-2]:
+            self._grow(states, past, past + new)
+        self.seen, self.end = self.seen + new, self.end + new
+        for buffer, state in zip(self.buffers, states, strict=True):
+            buffer[: len(state), :, self.end - new : self.end] = state
+        self._view(len(key_states), past + new)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows, in this order; more rows than there are need new buffers, fewer are moved in place."""
+        if not self.is_initialized:
+            return
+        rows, length = len(beam_idx), self.keys.shape[-2]
+        if rows > len(self.keys):
+            self.buffers = [buffer.index_select(0, beam_idx) for buffer in self.buffers]
+        else:
+            moved = (beam_idx != torch.arange(rows, device=beam_idx.device)).nonzero().flatten()
+            for held in (self.keys, self.values):
+                held.index_copy_(0, moved, held.index_select(0, beam_idx[moved]))
+        self._view(rows, length)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        past = min(self.seen, self.kept)
+        return past + query_length, self.seen - past
+
+    def _grow(self, states: tuple[Tensor, Tensor], past: int, length: int) -> None:
+        # the first call gets no room to spare: prompts are yet to be repeated, and cross-attention never grows
+        room = length + (max(16, length // 2) if self.seen else 0)
+        old, self.buffers = self.buffers, [s.new_empty(*s.shape[:2], room, s.shape[-1]) for s in states]
+        for buffer, held in zip(self.buffers, old, strict=False):
+            buffer[:, :, :past] = held[: len(buffer), :, self.end - past : self.end]
+        self.end, self.is_initialized = past, True
+
+    def _view(self, rows: int, length: int) -> None:
+        self.keys, self.values = (buffer[:rows, :, self.end - length : self.end] for buffer in self.buffers)
+
+
+def _write_in_place(cache: Any) -> None:
+    """Exchange the attention layers of an empty cache for such that write in place; other kinds stay as they are."""
+    if isinstance(cache, EncoderDecoderCache):
+        _write_in_place(cache.self_attention_cache)
+        _write_in_place(cache.cross_attention_cache)
+        return
+    if cache.layer_class_to_replicate is DynamicLayer:  # made without a config: layers come with the first pass
+        cache.layer_class_to_replicate = _InPlace
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = _InPlace()
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[i] = _InPlace(layer.sliding_window)
 
 
 class _Prompted:

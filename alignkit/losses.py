@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from alignkit import ops
 from alignkit.batch import Loss
 
 
@@ -19,22 +20,126 @@ def nll(logprobs: Tensor, mask: Tensor, normalize: str = "tokens") -> Loss:
     return Loss(total, count, {"nll": float(total.detach()) / max(tokens, 1.0)})
 
 
-def policy_gradient(logprobs: Tensor, advantages: Tensor, mask: Tensor, group: Tensor, normalize: str) -> Loss:
-    """REINFORCE: ``-sum_t A_t log pi(y_t)``; logprobs, advantages, mask (B, T), group (B,) adjacent ids.
+def aggregate(x: Tensor, mask: Tensor, group: Tensor, normalize: str, length: int = 0) -> tuple[Tensor, float]:
+    """Per-token losses x (B, T) → (sum, what it is divided by). ``normalize`` says what one unit of the mean is:
 
-    ``normalize`` says what one unit of the mean is:
-    ``groups``     each prompt counts once, its k samples 1/k each (esrl card, F2);
-    ``sequences``  each response counts once, so prompts with many samples weigh more;
-    ``tokens``     each token counts once.
+    ``groups``     each prompt counts once, its k responses 1/k each, by the sum of their tokens (ESRL's 1/k weights);
+    ``sequences``  each response counts once, by the sum of its tokens;
+    ``responses``  each response counts once, by the mean of its tokens (GRPO, arXiv 2402.03300);
+    ``tokens``     each token counts once (DAPO, arXiv 2503.14476);
+    ``constant``   each response counts once, by the sum of its tokens over ``length`` (Dr. GRPO, arXiv 2503.20783).
     """
-    per_row = -(advantages.detach() * logprobs * mask).sum(1)
-    _, index, sizes = torch.unique_consecutive(group, return_inverse=True, return_counts=True)
+    rows = (x * mask).sum(1)
     if normalize == "groups":
-        total, count = (per_row / sizes[index]).sum(), float(len(sizes))
-    elif normalize == "sequences":
-        total, count = per_row.sum(), float(len(per_row))
-    elif normalize == "tokens":
-        total, count = per_row.sum(), float(mask.sum())
-    else:
-        raise ValueError(f"normalize must be groups, sequences or tokens, not '{normalize}'")
-    return Loss(total, count)
+        _, index, sizes = torch.unique_consecutive(group, return_inverse=True, return_counts=True)
+        return (rows / sizes[index]).sum(), float(len(sizes))
+    if normalize == "sequences":
+        return rows.sum(), float(len(rows))
+    if normalize == "responses":
+        return (rows / mask.sum(1).clamp(min=1)).sum(), float(len(rows))
+    if normalize == "tokens":
+        return rows.sum(), float(mask.sum())
+    if normalize == "constant":
+        return rows.sum() / length, float(len(rows))
+    raise ValueError(f"normalize must be groups, sequences, responses, tokens or constant, not '{normalize}'")
+
+
+def policy_gradient(
+    logprobs: Tensor, advantages: Tensor, mask: Tensor, group: Tensor, normalize: str, length: int = 0
+) -> Loss:
+    """REINFORCE: ``-sum_t A_t log pi(y_t)``; logprobs, advantages, mask (B, T), group (B,) adjacent ids."""
+    return Loss(*aggregate(-advantages.detach() * logprobs, mask, group, normalize, length))
+
+
+def clipped(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    group: Tensor,
+    normalize: str,
+    length: int = 0,
+    *,
+    low: float = 0.2,
+    high: float | None = None,
+    dual: float | None = None,
+    level: str = "token",
+) -> Loss:
+    """PPO's ``-min(rho A, clip(rho, 1 - low, 1 + high) A)`` (arXiv 1707.06347); all (B, T).
+
+    ``level``: the ratio rho of each token, or of the whole ``sequence`` (the product of its tokens' ratios; one action).
+    ``high``: DAPO's wider upper side; default ``low``. ``dual``: with A < 0 the loss is at most ``-dual * A`` (dual clip).
+    """
+    advantages = advantages.detach()
+    log_ratio = (logprobs - old_logprobs) * mask
+    unit = mask
+    if level == "sequence":  # one action a row: its advantage stands on each token, its ratio is the product
+        log_ratio, advantages, unit = log_ratio.sum(1, keepdim=True), advantages[:, :1], mask[:, :1]
+    ratio = log_ratio.exp()
+    bounded = ratio.clamp(1 - low, 1 + (low if high is None else high))
+    loss = -torch.minimum(ratio * advantages, bounded * advantages)
+    if dual is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual * advantages), loss)
+    n = float(unit.sum().clamp(min=1))
+    total, count = aggregate(loss, unit, group, normalize, length)
+    with torch.no_grad():
+        outside = (loss > -ratio * advantages) & unit
+        metrics = {
+            "clip_fraction": float(outside.sum()) / n,
+            "approx_kl": float(((ratio - 1 - log_ratio) * unit).sum()) / n,
+        }
+    return Loss(total, count, metrics)
+
+
+def mrt(logprobs: Tensor, rewards: Tensor, group: Tensor, alpha: float, keep: Tensor) -> Loss:
+    """Minimum risk training (arXiv 1512.02433): ``-sum_i sum_j Q_ij r_ij`` with Q = softmax over a group of alpha log p.
+
+    logprobs (B,) of sequences, rewards (B,), keep (B,) bool: candidates that stand in the set (not the duplicates).
+    The sum is over inputs; the mean counts inputs.
+    """
+    _, index, sizes = torch.unique_consecutive(group, return_inverse=True, return_counts=True)
+    scaled = (alpha * logprobs).masked_fill(~keep, -torch.inf)
+    top = torch.full((len(sizes),), -torch.inf, device=scaled.device, dtype=scaled.dtype)
+    top = top.scatter_reduce(0, index, scaled.detach(), "amax")
+    weight = (scaled - top[index]).exp()
+    share = weight / torch.zeros_like(top).index_add(0, index, weight)[index]
+    return Loss(-(share * rewards.detach()).sum(), float(len(sizes)))
+
+
+def rebel(log_ratios: Tensor, rewards: Tensor, eta: float, scaled: bool = False) -> Loss:
+    """REBEL (arXiv 2404.16767): squared error of log-ratio differences against eta times reward differences.
+
+    Rows 2i and 2i + 1 are a pair; log_ratios (B,) = log pi(y|x) - log pi_t(y|x), rewards (B,). ``scaled`` divides by
+    eta²: the paper's form; without it the released code's.
+    """
+    apart, wanted = log_ratios[0::2] - log_ratios[1::2], rewards[0::2] - rewards[1::2]
+    error = (apart - eta * wanted.detach()).square() / (eta**2 if scaled else 1.0)
+    return Loss(error.sum(), float(len(error)))
+
+
+def preference(margins: Tensor, kind: str, beta: float) -> Tensor:
+    """(N,) loss of each pair from margins (N,) = [log pi/ref of the chosen] - [of the rejected].
+
+    ``dpo``: -log sigmoid(beta d) (arXiv 2305.18290); ``ipo``: (d - 1 / (2 beta))² on summed log-probabilities, the
+    paper's form (arXiv 2310.12036).
+    """
+    if kind == "dpo":
+        return -torch.nn.functional.logsigmoid(beta * margins)
+    if kind == "ipo":
+        return (margins - 1 / (2 * beta)).square()
+    raise ValueError(f"the preference loss must be dpo or ipo, not '{kind}'")
+
+
+def clipped_value(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+    """(B, T) 1/2 max((V - R)², (clip(V, V_old ± clip) - R)²); without a clip 1/2 (V - R)²."""
+    error = (values - returns).square()
+    if clip is not None:
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (near - returns).square())
+    return error / 2
+
+
+def hl_gauss(logits: Tensor, returns: Tensor, edges: Tensor, sigma: float) -> Tensor:
+    """(B, T) cross-entropy of value logits (B, T, m) against a Gaussian around the returns (B, T); arXiv 2403.03950."""
+    target = ops.hl_gauss_target(returns, edges, sigma)
+    return -(target * logits.float().log_softmax(-1)).sum(-1)

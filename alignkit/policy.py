@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,31 +21,34 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
 from alignkit import ops
 from alignkit.batch import Batch
 from alignkit.config import Lora, Model
+from alignkit.critic import ValueModel
 from alignkit.data import Row
-from alignkit.decode import Decode, decode, positions, takes
+from alignkit.decode import Decode, decode
 from alignkit.errors import UserError, suggest
+from alignkit.scoring import Piece, by_parts, scatter, teacher_forced
 
 transformers_logging.disable_progress_bar()  # the run has a bar of its own
 
 BUNDLED = Path(__file__).parent / "assets" / "models"
+T = TypeVar("T")
 
 
 class Policy:
     """A causal or encoder–decoder language model behind one interface."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, compute: torch.dtype = torch.float32) -> None:
         self.model = model
+        self.compute = compute  # precision of sampling and of the forward and backward pass
+        self.critic: ValueModel | None = None
         self.tokenizer = tokenizer
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.eos = _eos_ids(model, tokenizer)
         self.pad = tokenizer.pad_token_id
-        self._takes_positions = takes(model, "position_ids")
         self._start: list[int] = []
         if self.is_encoder_decoder:
             self._start = [model.config.decoder_start_token_id]
@@ -135,7 +139,7 @@ class Policy:
     ) -> Batch:
         """Draw ``n`` responses to each row (or ``n[i]`` to row i); they form one group, adjacent.
 
-        The batch carries the ``logprobs`` of the drawn tokens, and ``extra["entropy"]`` where asked for.
+        The batch carries the ``logprobs`` of the drawn tokens, and ``extra["entropy"]`` and ``extra["top"]`` where asked for.
         """
         counts = torch.tensor([n] * len(rows) if isinstance(n, int) else n)
         prompt_ids, prompt_mask = self._pad(self.encode_prompts(rows), "right" if self.is_encoder_decoder else "left")
@@ -145,10 +149,12 @@ class Policy:
                 f"max_new_tokens={how.max_new_tokens} is more than the model's {self.max_positions} positions allow "
                 f"(room here: {room}). Lower it, or shorten the prompts."
             )
-        with self._evaluating():
-            out = decode(
-                self.model, prompt_ids, prompt_mask, counts.to(self.device), how,
-                eos=self.eos, pad=self.pad, start=self._start, temperature=temperature, generator=generator,
+        with self._evaluating(), torch.no_grad():
+            out = self._computed(
+                lambda: decode(
+                    self.model, prompt_ids, prompt_mask, counts.to(self.device), how,
+                    eos=self.eos, pad=self.pad, start=self._start, temperature=temperature, generator=generator,
+                )
             )  # fmt: skip
         owner = torch.arange(len(rows)).repeat_interleave(counts)
         index = owner.to(self.device)
@@ -161,8 +167,13 @@ class Policy:
             rows=[rows[i] for i in owner.tolist()],
             responses=self.decode_text(out.ids, out.mask),
             logprobs=out.logprobs,
-            extra={} if out.entropy is None else {"entropy": out.entropy},
+            extra={"ended": self._ended(out.ids, out.mask)}
+            | {name: x for name, x in (("entropy", out.entropy), ("top", out.top)) if x is not None},
         )
+
+    def _ended(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B,) bool: whether each row's last token that counts is an end-of-sequence token."""
+        return (torch.isin(ids, torch.tensor(self.eos, device=ids.device)) & mask).any(1)
 
     def decode_text(self, ids: Tensor, mask: Tensor) -> list[str]:
         """(B, T) ids → B texts without special tokens."""
@@ -172,40 +183,56 @@ class Policy:
     def forward(self, batch: Batch, temperature: Tensor | None = None) -> Tensor:
         """Log-probabilities (B, T) float32 of the batch's response tokens, 0 where the mask is false.
 
-        ``temperature`` (B,) divides the logits of each row first. An encoder reads each prompt once, however
-        many responses its group has.
+        ``temperature`` (B,) divides the logits of each row first.
         """
-        logits = self._seq2seq_logits(batch) if self.is_encoder_decoder else self._causal_logits(batch)
-        if temperature is not None:
-            logits = logits / temperature[:, None, None]
-        return ops.token_logprobs(logits, batch.response_ids) * batch.mask
+        return self.score(batch, temperature)[0]
 
-    def _seq2seq_logits(self, batch: Batch) -> Tensor:
-        _, index, sizes = torch.unique_consecutive(batch.group, return_inverse=True, return_counts=True)
-        first = sizes.cumsum(0) - sizes
-        mask = batch.prompt_mask.long()
-        encoded = self.model.get_encoder()(input_ids=batch.prompt_ids[first], attention_mask=mask[first])
-        start = torch.tensor([self._start], device=self.device).expand(len(batch), -1)
-        out = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.last_hidden_state[index]),
-            attention_mask=mask,
-            decoder_input_ids=torch.cat([start, batch.response_ids[:, :-1]], dim=1),
-            use_cache=False,
-        )
-        return out.logits[:, len(self._start) - 1 :]
+    def score(self, batch: Batch, temperature: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(log-probabilities (B, T), outputs (B, T, m) of a critic that shares the trunk, from the same pass)."""
+        shared = self.critic is not None and self.critic.trunk is None
+        with_head = partial(teacher_forced, self.model, batch, self._start, hidden=shared)
+        pieces = self._computed(lambda: list(with_head()))
+        logprobs = []
+        for piece in pieces:
+            assert piece.logits is not None
+            tau = None if temperature is None else temperature[piece.where // batch.mask.shape[1]]
+            logprobs.append(ops.token_logprobs(piece.logits, batch.response_ids.flatten()[piece.where], tau))
+        where = torch.cat([piece.where for piece in pieces])
+        raw = self._head_values(pieces, batch.mask) if shared else None
+        return scatter(torch.cat(logprobs), where, batch.mask), raw
 
-    def _causal_logits(self, batch: Batch) -> Tensor:
-        mask = torch.cat([batch.prompt_mask, batch.mask], dim=1).long()
-        extra = {"position_ids": positions(mask)} if self._takes_positions else {}
-        width = batch.response_ids.shape[1]
-        out = self.model(
-            input_ids=torch.cat([batch.prompt_ids, batch.response_ids], dim=1),
-            attention_mask=mask,
-            use_cache=False,
-            logits_to_keep=width + 1,  # no logits at prompt positions but the last
-            **extra,
+    def value_outputs(self, batch: Batch) -> Tensor:
+        """What the critic puts out before each token: (B, T, m), m = 1 or the bins of a histogram; 0 off the mask."""
+        assert self.critic is not None
+        trunk = self.model if self.critic.trunk is None else self.critic.trunk
+        forced = partial(teacher_forced, trunk, batch, self._start, logits=False, hidden=True)
+        return self._head_values(self._computed(lambda: list(forced()), trunk), batch.mask)
+
+    def _head_values(self, pieces: list[Piece], mask: Tensor) -> Tensor:
+        assert self.critic is not None
+        hidden = torch.cat([piece.hidden for piece in pieces if piece.hidden is not None])
+        return scatter(
+            self.critic.head(hidden.to(self.critic.head.weight.dtype)),
+            torch.cat([piece.where for piece in pieces]),
+            mask,
         )
-        return out.logits[:, :-1]
+
+    def _computed(self, work: Callable[[], T], model: Any = None) -> T:
+        """``work()`` with the model's weights in ``compute`` precision; gradients reach the float32 weights.
+
+        The cast stands in the graph, so that gradients of micro-batches add up in float32.
+        """
+        model = self.model if model is None else model
+        if self.compute == next(model.parameters()).dtype:
+            return work()
+        cast = {f"model.{name}": p.to(self.compute) for name, p in model.named_parameters()}
+        cast |= {
+            f"model.{name}": b.to(self.compute)
+            for name, b in model.named_buffers()
+            if b.is_floating_point() and not name.endswith("inv_freq")  # rotary angles need float32
+        }
+        result: T = torch.func.functional_call(_Swapped(model), cast, (work,))
+        return result
 
     def beam(self, rows: list[Row], beams: int, max_new_tokens: int) -> Batch:
         """The best of a beam search for each row, by transformers' own search."""
@@ -230,6 +257,15 @@ class Policy:
             yield
         finally:
             self.model.train(training)
+
+    def drop_dropout(self) -> None:
+        """Make training mode equal to evaluation mode: RL samples and scores one and the same distribution."""
+        for module in self.model.modules():
+            for name, value in vars(module).items():
+                if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                    setattr(module, name, 0.0)
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
 
     def restore(self, checkpoint: Path) -> None:
         """Load the weights of a checkpoint of this very policy in place."""
@@ -273,6 +309,7 @@ class Policy:
             group=torch.arange(len(rows), device=self.device),
             rows=rows,
             responses=[row["response"] for row in rows],
+            extra={"ended": self._ended(ids, mask)},
         )
 
     def _pad(self, sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
@@ -284,6 +321,37 @@ class Policy:
             ones, zeros = [True] * len(s), [False] * len(fill)
             mask.append(zeros + ones if side == "left" else ones + zeros)
         return torch.tensor(ids, dtype=torch.long, device=self.device), torch.tensor(mask, device=self.device)
+
+
+class _Swapped(torch.nn.Module):
+    """Lets ``functional_call`` put other weights into a model while some work is done with it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], T]) -> T:
+        return work()
+
+
+def reference(policy: Policy, cfg: Model, seed: int, texts: list[str], budget: int) -> Callable[[Batch], Tensor]:
+    """What gives the start model's log-probabilities (B, T) of a batch, without a graph.
+
+    With adapters the start model is the policy's own with the adapter off; else it is loaded a second time.
+    """
+    if cfg.lora.r:
+
+        def start(part: Batch) -> Tensor:
+            with policy.model.disable_adapter():
+                return policy.forward(part, part.extra.get("logprob_temperature"))
+    else:
+        frozen = load(cfg, seed, texts)
+        frozen.model.requires_grad_(False)
+
+        def start(part: Batch) -> Tensor:
+            return frozen.forward(part, part.extra.get("logprob_temperature"))
+
+    return torch.no_grad()(lambda batch: by_parts(batch, budget, start))
 
 
 def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None = None) -> Policy:  # type: ignore[assignment]
@@ -315,10 +383,11 @@ def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None =
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora.r:
         model = _with_lora(model, cfg.lora, checkpoint)
-    policy = Policy(model.to(device).eval(), tokenizer)
+    compute = torch.bfloat16 if cfg.compute == "bfloat16" else dtype
+    policy = Policy(model.to(device).eval(), tokenizer, compute)
     for found in policy.lint():
         print(f"warning: {found}", file=sys.stderr)
     return policy

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
+from safetensors.torch import save_model
 
 from alignkit import __version__
 from alignkit.batch import Batch, Loss
@@ -94,13 +95,18 @@ class Run:
 
     # ---- the loop's frame ----------------------------------------------------------------------------------
 
-    def optimizer(self, model: torch.nn.Module, algo: Any, steps: int) -> torch.optim.Optimizer:
-        """Fused AdamW over what is trained, with the state of the checkpoint that is resumed."""
+    def optimizer(self, policy: Any, algo: Any, steps: int) -> torch.optim.Optimizer:
+        """Fused AdamW over what is trained, a group for the policy and one for a critic, with the state of the checkpoint
+        that is resumed."""
         if algo.warmup >= steps:
             print(f"warning: algo.warmup={algo.warmup} is not shorter than the run ({steps} steps).", file=sys.stderr)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in module.parameters() if p.requires_grad]}
+            for module in (policy.model, policy.critic)
+            if module
+        ]
         adamw = torch.optim.AdamW(
-            trained, lr=algo.lr, betas=tuple(algo.betas), weight_decay=algo.weight_decay, fused=True
+            groups, lr=algo.lr, betas=tuple(algo.betas), weight_decay=algo.weight_decay, fused=True
         )
         if self.checkpoint:
             adamw.load_state_dict(torch.load(self.checkpoint / "state" / "optimizer.pt", weights_only=True))
@@ -151,15 +157,15 @@ class Run:
 
     def update(
         self,
-        model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         loss: Callable[[Batch], Loss],
         parts: list[Batch],
         max_grad_norm: float,
         step: int,
-        lr: float,
+        rates: list[float],
     ) -> dict[str, float]:
-        """One optimizer step at rate ``lr`` on the mean over all parts: sums are accumulated, then divided once.
+        """One optimizer step at ``rates``, one a parameter group, on the mean over all parts: sums are accumulated, then
+        divided once; each group's gradient is clipped by itself.
 
         Raises:
             UserError: a loss or gradient that is not finite; the weights are not touched.
@@ -174,11 +180,13 @@ class Run:
             for name, value in one.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value * one.count
         count = count or 1.0
-        parameters = [p for p in model.parameters() if p.grad is not None]
-        for p in parameters:
-            assert p.grad is not None
-            p.grad.div_(count)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+        norms = []
+        for group in optimizer.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                p.grad.div_(count)
+            norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)))
+        norm = norms[0] if all(map(math.isfinite, norms)) else math.nan
         if not math.isfinite(total) or not math.isfinite(norm):
             optimizer.zero_grad(set_to_none=True)
             last = self._latest()
@@ -188,8 +196,8 @@ class Run:
                 + (f"The last good state is {last}. " if last else "")
                 + "Lower algo.lr, warm up longer, or look at the rows of this step."
             )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         optimizer.step()
         return {"loss": total / count, "grad_norm": norm, **{k: v / count for k, v in metrics.items()}}
 
@@ -271,6 +279,8 @@ class Run:
             policy.save(partial)
             (partial / "state").mkdir()
             torch.save(optimizer.state_dict(), partial / "state" / "optimizer.pt")
+            if policy.critic is not None:
+                save_model(policy.critic, str(partial / "state" / "critic.safetensors"))
             (partial / "state" / "run.json").write_text(json.dumps(state), encoding="utf-8")
         self._prune()
 

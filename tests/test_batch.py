@@ -72,27 +72,16 @@ def test_split(make_batch, shape, budget):
     check_parts(whole, parts)
     for part in parts:
         check_trimmed(part, side)
-        tokens = len(part) * (part.prompt_ids.shape[1] + part.response_ids.shape[1])
-        assert tokens <= budget or part.group.unique().numel() == 1
+        prompts = part.prompt_mask.sum(1)[part.group_starts()]  # a group's prompt is read once
+        assert int(prompts.sum() + part.mask.sum()) <= budget or part.group.unique().numel() == 1
 
 
 def test_split_by_hand(make_batch):
-    """Longest prompt + response of the groups: 2 + 6, 2 + 1, 2 + 3, with 1, 2 and 2 rows.
-
-    Sorted by length: group 1 (2 rows of 3 tokens), group 2 (2 of 5), group 0 (1 of 8). Groups 1 and 2 together are
-    4 rows of 5 = 20 tokens; with group 0 5 rows of 8 = 40.
-    """
+    """Prompt once + responses of the groups: 2 + 6, 2 + 1 + 1, 2 + 3 + 2 = 8, 4, 7 tokens; shortest first 1, 2, 0."""
     whole = make_batch([1, 2, 2], [6, 1, 1, 3, 2])
-    for budget, wanted in [(40, [[1, 2, 0]]), (39, [[1, 2], [0]]), (20, [[1, 2], [0]]), (19, [[1], [2], [0]])]:
+    for budget, wanted in [(19, [[1, 2, 0]]), (18, [[1, 2], [0]]), (11, [[1, 2], [0]]), (10, [[1], [2], [0]])]:
         assert [p.group.unique_consecutive().tolist() for p in whole.split(budget)] == wanted, budget
     assert [p.group.unique_consecutive().tolist() for p in whole.split(1)] == [[1], [2], [0]]
-
-
-def test_split_measures_each_part_anew(make_batch):
-    """Prompt + response 1 + 4, 4 + 2 and 4 + 2: the first two together need 2 rows of 4 + 4 = 16 tokens, the last two 12."""
-    whole = make_batch([1, 1, 1], [4, 2, 2], [1, 4, 4])
-    assert [p.group.tolist() for p in whole.split(12)] == [[0], [1, 2]]
-    assert [p.group.tolist() for p in whole.split(16)] == [[0, 1], [2]]
 
 
 @QUICK
@@ -127,13 +116,13 @@ def test_take_cuts_every_token_field(make_batch):
     """All (B, T) fields stay aligned with the ids; (B,) fields and absent ones are left whole."""
     whole = make_batch([1, 1], [5, 2])
     lp = whole.logprobs
-    whole = whole.with_(ref_logprobs=lp * 2, rewards=lp * 3, advantages=lp * 4, probe_tokens=7)
+    whole = whole.with_(ref_logprobs=lp * 2, values=lp * 3, advantages=lp * 4, probe_tokens=7)
     part = whole.take(torch.tensor([1]))
     assert part.response_ids.tolist() == [[6, 7]]
     assert part.mask.tolist() == [[True, True]]
     assert part.logprobs.tolist() == [[-6.0, -7.0]]
     assert part.ref_logprobs.tolist() == [[-12.0, -14.0]]
-    assert part.rewards.tolist() == [[-18.0, -21.0]]
+    assert part.values.tolist() == [[-18.0, -21.0]]
     assert part.advantages.tolist() == [[-24.0, -28.0]]
     assert part.scores is None
     assert whole.with_(scores=torch.tensor([0.5, 0.25])).take(torch.tensor([1])).scores.tolist() == [0.25]

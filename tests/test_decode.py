@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import alignkit.decode
 from alignkit.config import Model
-from alignkit.decode import Decode, _filter, _inverse_cdf, decode
+from alignkit.decode import Decode, _fill_gaps, _filter, _InPlace, _inverse_cdf, decode
 from alignkit.policy import Policy, load
 
 WORDS = ["the cat sat", "a dog ran far", "birds sing", "we eat apples and bread", "rain", "open the old door slowly"]
@@ -69,6 +72,7 @@ ARCHITECTURES = {
     "qwen2": (_CAUSAL, 4),
     "gemma3_text": (_CAUSAL | _GEMMA, 3),
     "mistral": (_CAUSAL | {"sliding_window": 4}, 11),
+    "marian": (_ENCODER_DECODER, 13),
 }
 
 
@@ -361,6 +365,36 @@ def test_inverse_cdf_on_a_grid_gives_every_token_its_share():
     assert counts[[2, 5, 11]].tolist() == [0, 0, 0]
 
 
+@st.composite
+def peaked(draw):
+    """Probabilities over several blocks, most of them zero: (V,), V no multiple of a block."""
+    size = draw(st.sampled_from([63, 64, 65, 128, 200, 1000]))
+    weights = torch.zeros(size)
+    for _ in range(draw(st.integers(1, 6))):
+        weights[draw(st.integers(0, size - 1))] = draw(st.sampled_from([1e-9, 1e-4, 0.3, 1.0, 7.0]))
+    return weights / weights.sum()
+
+
+@given(peaked(), st.one_of(st.sampled_from([0.0, LARGEST, 0.5]), st.floats(0, LARGEST, width=32)))
+@settings(max_examples=300, deadline=None, database=None)
+def test_inverse_cdf_over_several_blocks_finds_the_interval_and_never_a_zero(probs, u):
+    token = int(_inverse_cdf(probs[None], torch.tensor([u])))
+    assert probs[token] > 0
+    exact_cdf = probs.double().cumsum(0) / probs.double().sum()
+    assert exact_cdf[token] >= u - 1e-6
+    assert token == 0 or exact_cdf[token - 1] <= u + 1e-6
+
+
+def test_inverse_cdf_over_a_large_vocabulary_follows_float64():
+    probs = (2 * torch.randn(64, 150_001, generator=seeded(0))).softmax(-1)
+    u = torch.rand(64, generator=seeded(1))
+    cdf = probs.double().cumsum(-1)
+    cdf = torch.cat([torch.zeros(64, 1), cdf / cdf[:, -1:]], dim=-1)
+    token = _inverse_cdf(probs, u)[:, None]
+    assert torch.all(cdf.gather(1, token)[:, 0] <= u + 2e-7)
+    assert torch.all(cdf.gather(1, token + 1)[:, 0] >= u - 2e-7)
+
+
 # ---- groups and independence
 
 
@@ -420,6 +454,50 @@ def test_dropping_finished_rows_makes_no_difference(any_policy, greedy, monkeypa
         torch.testing.assert_close(outs[below].extra["entropy"], outs[0.0].extra["entropy"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("greedy", [True, False])
+def test_writing_in_place_makes_no_difference(any_policy, greedy, monkeypatch):
+    """… nor does a generation far past a sliding window of 4, in which the buffers grow more than once."""
+    how = Decode(max_new_tokens=30, greedy=greedy)
+    for counts in ([5, 0, 1, 3, 1, 2], [1, 0, 1, 0, 1, 1]):  # more rows than prompts, and fewer
+        place = any_policy.generate(make_rows(WORDS), counts, how, generator=seeded(7))
+        with monkeypatch.context() as patch:
+            patch.setattr(alignkit.decode, "_write_in_place", lambda cache: None)
+            plain = any_policy.generate(make_rows(WORDS), counts, how, generator=seeded(7))
+        assert torch.equal(place.response_ids, plain.response_ids) and torch.equal(place.mask, plain.mask)
+        torch.testing.assert_close(place.logprobs, plain.logprobs, atol=1e-5, rtol=0)
+        assert len(set(place.mask.sum(1).tolist())) > 1  # rows left in between
+
+
+@pytest.mark.parametrize("window", [2, 5, None])
+def test_a_layer_in_place_holds_what_a_dynamic_layer_holds(window):
+    """Passes of several lengths, rows repeated, thinned out and reordered, at every fill of the buffers."""
+    torch.manual_seed(0)
+    plain = DynamicSlidingWindowLayer(window) if window else DynamicLayer()
+    place = _InPlace(window)
+    place.reorder_cache(torch.arange(3))  # nothing to reorder yet
+    rows, keeps = 3, {0: [0, 0, 1, 1, 1, 2], 5: [0, 1, 5, 3, 4], 19: [4, 1, 2], 20: [0, 2], 41: [1]}
+    for t, new in enumerate([6, *[1] * 20, 3, *[1] * 30]):
+        keys, values = torch.randn(rows, 2, new, 4), torch.randn(rows, 2, new, 3)
+        assert place.get_mask_sizes(new) == plain.get_mask_sizes(new)
+        for found, expected in zip(place.update(keys, values), plain.update(keys, values), strict=True):
+            assert torch.equal(found, expected)
+        assert place.get_seq_length() == plain.get_seq_length()
+        if t in keeps:
+            keep = torch.tensor(keeps[t])
+            place.reorder_cache(keep)
+            plain.reorder_cache(keep)
+            rows = len(keep)
+    assert window is None or place.buffers[0].shape[-2] < 60  # what has left the window takes no room
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=20).filter(any))
+@settings(max_examples=100, deadline=None, database=None)
+def test_gaps_are_filled_from_the_end(going):
+    keep = _fill_gaps(torch.tensor(going), sum(going)).tolist()
+    assert sorted(keep) == [i for i, alive in enumerate(going) if alive]
+    assert all(i == row for i, row in enumerate(keep) if going[i])  # who can stay, stays
+
+
 def test_the_generator_alone_decides_the_samples(policy, rows):
     how = Decode(max_new_tokens=8)
     torch.manual_seed(1)
@@ -464,6 +542,31 @@ def test_logprobs_and_entropy_equal_an_unpadded_pass(any_policy):
         ):
             torch.testing.assert_close(found[i, :n].double(), wanted, atol=1e-4, rtol=0)
             assert torch.all(found[i, n:] == 0)
+
+
+@pytest.mark.parametrize("name", ["m2m_100", "llama"])
+@pytest.mark.parametrize(("greedy", "top_k"), [(True, 0), (False, 0), (False, 20)])
+def test_tempered_logprobs_are_those_at_the_sampling_temperature(name, greedy, top_k):
+    policy, tau = built(name), torch.linspace(0.6, 1.6, len(WORDS))
+    how = Decode(max_new_tokens=8, greedy=greedy, top_k=top_k)
+    plain = policy.generate(make_rows(WORDS), 2, how, temperature=tau, generator=seeded(3))
+    out = policy.generate(make_rows(WORDS), 2, replace(how, tempered=True), temperature=tau, generator=seeded(3))
+    assert torch.equal(out.response_ids, plain.response_ids)
+    with torch.no_grad():
+        expected = policy.forward(out, temperature=tau.repeat_interleave(2))
+        torch.testing.assert_close(out.logprobs, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(plain.logprobs, policy.forward(out), atol=1e-4, rtol=0)
+    assert (out.logprobs - plain.logprobs).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["t5", "llama", "mistral"])
+def test_a_model_in_bfloat16_gives_probabilities_in_float32(name):
+    policy = built(name)
+    half = Policy(copy.deepcopy(policy.model).bfloat16(), policy.tokenizer)
+    out = half.generate(make_rows(WORDS), 3, Decode(max_new_tokens=8, entropy=True), generator=seeded(0))
+    assert out.logprobs.dtype == out.extra["entropy"].dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(half.forward(out), out.logprobs, atol=0.4, rtol=0)
 
 
 _WHY = "transformers gives the tokens after a padding id other positions with a cache than without"

@@ -1,31 +1,39 @@
-"""What every RL method brings to the loop of ``stages/rl.py``: settings, and a default for each of its four calls."""
+"""What every RL method brings to the loop of ``stages/rl.py``: settings, and a default for each of its calls."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from alignkit import losses
+from alignkit import losses, ops
 from alignkit.batch import Batch, Loss
 from alignkit.data import Row
 from alignkit.decode import Decode
 from alignkit.policy import Policy
 from alignkit.rewards import Reward
 
+MAY_BE_ZERO = ("lr", "floor", "weight_decay", "mle_weight", "missing_eos_penalty", "kl")  # in a schedule
+
 
 @dataclass(kw_only=True)
 class RL:
-    """Settings of the RL loop and of its optimizer."""
+    """Settings of the RL loop and of its optimizer.
+
+    Any float can be a schedule: ``algo.kl={start: 0.1, end: 0.01, shape: exponential, steps: 50}``.
+    """
 
     steps: int = 100  # sampling steps
     prompts_per_step: int = 32  # inputs a step
     max_new_tokens: int = 64  # longest response that is sampled
-    epochs: int = 1  # passes over the samples of a step; more than 1 is off-policy, and not corrected by a ratio
+    epochs: int = (
+        1  # passes over the samples of a step; more than 1 is off-policy: only methods with a ratio correct for it
+    )
     minibatches: int = 1  # optimizer steps a pass
-    micro_tokens: int = 4096  # tokens of a micro-batch, padding counted: memory and speed, never the result
+    micro_tokens: int = 4096  # tokens of a micro-batch, a prompt counted once: memory and speed, never the result
     lr: float = 1e-5  # peak learning rate of AdamW
     warmup: int = 10  # steps of linear warm-up
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"  # decay after the warm-up
@@ -33,13 +41,37 @@ class RL:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
-    normalize: Literal["groups", "sequences", "tokens"] = "groups"  # what the mean is over: inputs, responses, tokens
+    normalize: Literal["groups", "sequences", "responses", "tokens", "constant"] = "groups"  # what the mean is over
     mle_weight: float = 0.0  # weight of the references' negative log-likelihood beside the policy gradient
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample within this much probability mass; 1: all
+    reward_clip: float | None = None  # rewards are cut to ± this
+    missing_eos_penalty: float = 0.0  # taken from the reward of a response that was cut off
+    kl: float = 0.0  # coefficient of KL(policy || start model); 0: no reference model is held
+    kl_in: Literal["reward", "loss"] = "reward"  # where the KL goes
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_target: float | None = None  # nats a response that `kl` is adapted towards; null: `kl` stays
+    kl_horizon: int = 10000  # samples over which it adapts
+    kl_limit: float | None = None  # end the run once the KL, in nats a response, is above
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "max_new_tokens", "epochs", "minibatches", "micro_tokens"):
+        self.over = False  # whether the KL went beyond its limit: the run is then at its end
+        self._schedules = {f.name: dict(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Mapping)}
+        for name, spec in self._schedules.items():
+            if (
+                "start" not in spec
+                or "end" not in spec
+                or (spec.get("steps", 1) is not None and spec.get("steps", 1) < 1)
+            ):
+                raise ValueError(f"{name}: a schedule needs start and end, and steps of at least 1 where given")
+            if min(spec["start"], spec["end"]) < (0 if name in MAY_BE_ZERO else 1e-12):
+                raise ValueError(f"{name}: start and end of its schedule are too small")
+            if spec.get("shape") == "exponential" and (min(spec["start"], spec["end"]) <= 0):
+                raise ValueError(f"{name}: an exponential schedule needs start and end above 0")
+        self.at(0)
+        for name in (
+            "steps", "prompts_per_step", "max_new_tokens", "epochs", "minibatches", "micro_tokens", "kl_horizon",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, is {getattr(self, name)}")
         if self.max_grad_norm < 0:
@@ -48,38 +80,37 @@ class RL:
             raise ValueError(
                 f"minibatches ({self.minibatches}) cannot be more than prompts_per_step ({self.prompts_per_step})"
             )
-        if self.lr < 0 or self.mle_weight < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("lr, mle_weight and top_k must not be negative; top_p lies in (0, 1]")
+        for name in ("lr", "mle_weight", "top_k", "kl", "missing_eos_penalty"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
+        if self.reward_clip is not None and self.reward_clip <= 0:
+            raise ValueError("reward_clip must be above 0, or null")
+        if not 0 < self.top_p <= 1:
+            raise ValueError("top_p lies in (0, 1]")
         if self.mle_weight and self.normalize != "groups":
             raise ValueError("mle_weight needs normalize=groups: both terms are then means over inputs")
+        if self.kl_target is not None and ("kl" in self._schedules or self.kl <= 0 or self.kl_target <= 0):
+            raise ValueError("kl_target needs a kl above 0 to start from, and no schedule on it")
 
-    @property
-    def decoding(self) -> Decode:
-        return Decode(max_new_tokens=self.max_new_tokens, top_k=self.top_k, top_p=self.top_p)
+    # ---- what a method brings ------------------------------------------------------------------------------------
+
+    critic: ClassVar[Any] = None  # an actor–critic method declares a setting of this name: see critic.py
+    needs_reference: ClassVar[bool] = False  # whether the loss itself reads ref_logprobs
 
     def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
-        """Draw responses to the rows of a step."""
+        """Draw responses to the rows of a step; may bring their ``scores``, where it had to ask the reward."""
         raise NotImplementedError
 
     def credit(self, batch: Batch) -> Batch:
         """Turn ``scores`` (B,) into ``advantages`` (B, T)."""
         raise NotImplementedError
 
-    def loss(self, policy: Policy, batch: Batch) -> Loss:
-        """Policy gradient, and the references' likelihood where ``mle_weight`` asks for it.
-
-        ``mle_weight = (1 - lambda) / lambda`` gives the weighting lambda L_RL + (1 - lambda) L_MLE of the released
-        code up to a factor, which AdamW does not see (``max_grad_norm`` does: divide it by lambda).
-        """
+    def objective(self, logprobs: Tensor, batch: Batch) -> Loss:
+        """The method's loss of current log-probabilities (B, T); here the policy gradient."""
         assert batch.advantages is not None
-        logprobs = policy.forward(batch, batch.extra.get("logprob_temperature"))
-        loss = losses.policy_gradient(logprobs, batch.advantages, batch.mask, batch.group, self.normalize)
-        if self.mle_weight:
-            starts = batch.group_starts().tolist()
-            gold = policy.demonstrations([batch.rows[i] for i in starts], self.max_new_tokens)
-            mle = losses.nll(policy.forward(gold), gold.mask, "sequences")
-            loss = Loss(loss.total + self.mle_weight * mle.total, loss.count, {**loss.metrics, **mle.metrics})
-        return loss
+        return losses.policy_gradient(
+            logprobs, batch.advantages, batch.mask, batch.group, self.normalize, self.max_new_tokens
+        )
 
     def metrics(self, batch: Batch) -> dict[str, float]:
         """What this method alone has to log of a step."""
@@ -87,10 +118,122 @@ class RL:
 
     def state(self) -> dict[str, Any]:
         """What a step depends on besides weights, optimizer, seed and step: saved with every checkpoint, as JSON."""
-        return {}
+        return {"kl": self.kl, "over": self.over} if self.wants_reference else {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what ``state`` gave."""
+        self.kl = self.kl if "kl" in self._schedules else state.get("kl", self.kl)
+        self.over = state.get("over", False)
+
+    # ---- what the stage calls ------------------------------------------------------------------------------------
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows drawn for a step; more than ``prompts_per_step`` where a method passes over some."""
+        return self.prompts_per_step
+
+    @property
+    def wants_penalty(self) -> bool:
+        """Whether a KL is charged, now or later."""
+        return self.kl > 0 or "kl" in self._schedules
+
+    @property
+    def wants_reference(self) -> bool:
+        return self.needs_reference or self.wants_penalty or self.kl_limit is not None
+
+    @property
+    def decoding(self) -> Decode:
+        return Decode(max_new_tokens=self.max_new_tokens, top_k=self.top_k, top_p=self.top_p)
+
+    def at(self, step: int) -> None:
+        """Set every scheduled setting to its value at ``step``."""
+        for name, spec in self._schedules.items():
+            setattr(self, name, ops.scheduled(spec, step, self.steps))
+
+    def rates(self, step: int) -> list[float]:
+        """Learning rates at ``step``: the policy's, and the critic's where there is one."""
+        factor = ops.warmup_decay(step, self.steps, self.warmup, self.schedule, self.floor)
+        return [factor * self.lr, *([] if self.critic is None else [factor * self.critic.lr])]
+
+    def loss(self, policy: Policy, batch: Batch) -> Loss:
+        """The objective, and what settings add to it: a critic's loss, the KL, the references' likelihood.
+
+        ``mle_weight = (1 - lambda) / lambda`` gives the weighting lambda L_RL + (1 - lambda) L_MLE of ESRL's released
+        code up to a factor, which AdamW does not see (``max_grad_norm`` does: divide it by lambda).
+        """
+        logprobs, raw = policy.score(batch, batch.extra.get("logprob_temperature"))
+        loss = self.objective(logprobs, batch)
+        apart = (
+            (logprobs.detach() - batch.logprobs).abs() * batch.mask if batch.logprobs is not None else batch.mask * 0
+        )
+        metrics = {**loss.metrics, "log_ratio": float(apart.sum() / batch.mask.sum())}
+        total = loss.total
+        if self.critic is not None:
+            raw = policy.value_outputs(batch) if raw is None else raw
+            value, n = self._aggregate(self.critic.token_losses(raw, batch), batch)
+            total = total + self.critic.weight * value
+            metrics["value_loss"] = float(value.detach()) / n
+        if self.kl and self.kl_in == "loss":
+            assert batch.ref_logprobs is not None
+            value, _ = self._aggregate(ops.kl(logprobs, batch.ref_logprobs, self.kl_estimator), batch)
+            total = total + self.kl * value
+        if self.mle_weight:
+            starts = batch.group_starts().tolist()
+            gold = policy.demonstrations([batch.rows[i] for i in starts], self.max_new_tokens)
+            mle = losses.nll(policy.forward(gold), gold.mask, "sequences")
+            total, metrics = total + self.mle_weight * mle.total, {**metrics, **mle.metrics}
+        return Loss(total, loss.count, metrics)
+
+    def _aggregate(self, x: Tensor, batch: Batch) -> tuple[Tensor, float]:
+        return losses.aggregate(x, batch.mask, batch.group, self.normalize, self.max_new_tokens)
+
+    def adapt(self, batch: Batch) -> float | None:
+        """KL(policy || start model) of samples in nats a response, where it is known; moves ``kl`` towards the target, and
+        notes when the limit is passed."""
+        if batch.ref_logprobs is None:
+            return None
+        batch = batch.drawn()
+        assert batch.logprobs is not None and batch.ref_logprobs is not None
+        nats = float(((batch.logprobs - batch.ref_logprobs) * batch.mask).sum(1).mean())
+        self.over = self.kl_limit is not None and nats > self.kl_limit
+        if self.kl_target:
+            self.kl = ops.adapt_kl(self.kl, nats, self.kl_target, len(batch), self.kl_horizon)
+        return nats
+
+    # ---- what methods share --------------------------------------------------------------------------------------
+
+    def shaped(self, batch: Batch) -> Tensor:
+        """(B,) scores, cut to the clip, less the penalty of a response without an end."""
+        assert batch.scores is not None
+        scores = batch.scores if self.reward_clip is None else batch.scores.clamp(-self.reward_clip, self.reward_clip)
+        return scores - self.missing_eos_penalty * (~batch.extra["ended"]) if self.missing_eos_penalty else scores
+
+    def penalty(self, batch: Batch) -> Tensor | float:
+        """(B, T) what the KL takes from the reward of each token; 0 where it is not in the reward."""
+        if not self.kl or self.kl_in != "reward":
+            return 0.0
+        assert batch.logprobs is not None and batch.ref_logprobs is not None
+        return self.kl * ops.kl(batch.logprobs, batch.ref_logprobs, self.kl_estimator) * batch.mask
+
+    def outcomes(self, batch: Batch) -> Tensor:
+        """(B,) shaped scores less the KL of the whole response: the reward of a method with one action a response."""
+        penalty = self.penalty(batch)
+        return self.shaped(batch) - (penalty.sum(1) if isinstance(penalty, Tensor) else 0.0)
+
+    def token_rewards(self, batch: Batch) -> Tensor:
+        """(B, T) less the KL of each token, and the shaped score at the last: the reward of a method with token actions."""
+        return ops.last_token(batch.mask) * self.shaped(batch)[:, None] - self.penalty(batch)
+
+
+def draw(algo: Any, policy: Policy, rows: list[Row], generator: torch.Generator) -> Batch:
+    """``algo.k`` responses to each row at ``algo.temperature``, which log-probabilities then have too, in sampling
+    and in the loss: the tempered policy is what is trained."""
+    tau = torch.full((len(rows),), algo.temperature)
+    how = replace(algo.decoding, tempered=True)
+    batch = policy.generate(rows, algo.k, how, temperature=tau, generator=generator)
+    if algo.temperature != 1:
+        batch.extra["logprob_temperature"] = torch.full((len(batch),), algo.temperature, device=policy.device)
+    return batch
 
 
 def spread(advantages: Tensor, batch: Batch) -> Batch:

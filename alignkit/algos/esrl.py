@@ -62,7 +62,8 @@ class ESRL(RL):
             ops.samples_by_capability(c, self.k_min, self.k_max),
             ops.temperature_by_capability(c, self.tau_min, self.tau_max),
         )
-        batch = policy.generate(rows, k.tolist(), self.decoding, temperature=tau, generator=generator)
+        how = replace(self.decoding, tempered=self.logprob_temperature == "sampling")
+        batch = policy.generate(rows, k.tolist(), how, temperature=tau, generator=generator)
         batch.extra["capability"] = c.to(policy.device).repeat_interleave(k.to(policy.device))
         batch.extra["tau"] = tau.to(policy.device).repeat_interleave(k.to(policy.device))
         if self.logprob_temperature == "sampling":
@@ -87,12 +88,13 @@ class ESRL(RL):
 
     def credit(self, batch: Batch) -> Batch:
         assert batch.scores is not None
+        rewards = self.outcomes(batch)
         if self.baseline == "fifo":
-            self._queue = ops.fifo(self._queue, batch.scores.tolist(), self.queue)
+            self._queue = ops.fifo(self._queue, rewards.tolist(), self.queue)
         means = ops.group_mean(batch.scores, batch.group)
         if self.capability == "previous":
             self._previous.update({str(batch.rows[i]["id"]): float(means[i]) for i in batch.group_starts().tolist()})
-        advantages = batch.scores - ops.baseline(self.baseline, batch.scores, batch.group, self._queue)
+        advantages = rewards - ops.baseline(self.baseline, rewards, batch.group, self._queue)
         if self.standardize:
             advantages = advantages / (torch.tensor(self._queue).std(correction=0) + 1e-8)
         return spread(advantages, batch)
@@ -103,7 +105,8 @@ class ESRL(RL):
         return {name: float(x[starts].mean()) for name, x in named.items()}
 
     def state(self) -> dict[str, Any]:
-        return {"queue": self._queue, "previous": self._previous}
+        return {**super().state(), "queue": self._queue, "previous": self._previous}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
         self._queue, self._previous = state["queue"], state["previous"]

@@ -41,13 +41,14 @@ class Reinforce(RL):
         return policy.generate(rows, self.k, self.decoding, temperature=tau, generator=generator)
 
     def credit(self, batch: Batch) -> Batch:
-        assert batch.scores is not None
+        rewards = self.outcomes(batch)
         if self.baseline == "fifo":
-            self._queue = ops.fifo(self._queue, batch.scores.tolist(), self.queue)
-        return spread(batch.scores - ops.baseline(self.baseline, batch.scores, batch.group, self._queue), batch)
+            self._queue = ops.fifo(self._queue, rewards.tolist(), self.queue)
+        return spread(rewards - ops.baseline(self.baseline, rewards, batch.group, self._queue), batch)
 
     def state(self) -> dict[str, Any]:
-        return {"queue": self._queue}
+        return {**super().state(), "queue": self._queue}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
         self._queue = state["queue"]

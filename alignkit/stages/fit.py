@@ -27,7 +27,7 @@ def fit(
     The algorithm brings batch_size, steps or epochs, lr, warmup, schedule, max_grad_norm and micro_tokens.
     """
     steps = algo.steps or math.ceil(algo.epochs * len(rows) / algo.batch_size)
-    optimizer = run.optimizer(policy.model, algo, steps)
+    optimizer = run.optimizer(policy, algo, steps)
     with run.training(steps):
         for step in range(run.first_step, steps):
             run.seed_globally(step)
@@ -37,7 +37,7 @@ def fit(
                 rate = algo.lr * warmup_decay(step, steps, algo.warmup, algo.schedule, algo.floor)
                 parts = batch.split(algo.micro_tokens)
                 metrics = run.update(
-                    policy.model, optimizer, lambda part: algo.loss(policy, part), parts, algo.max_grad_norm, step, rate
+                    optimizer, lambda part: algo.loss(policy, part), parts, algo.max_grad_norm, step, [rate]
                 )
                 run.count("tokens/trained", float(batch.mask.sum()))
             policy.model.eval()

@@ -2,57 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_model
 from torch import Tensor
 
 from alignkit.algos._rl import RL
 from alignkit.batch import Batch
+from alignkit.config import Model
 from alignkit.data import Data
 from alignkit.errors import UserError
-from alignkit.ops import group_mean, warmup_decay
-from alignkit.policy import load
+from alignkit.ops import group_mean
+from alignkit.policy import Policy, load, reference
 from alignkit.rewards import Reward
 from alignkit.run import Run
+from alignkit.scoring import by_parts
 from alignkit.stages.evaluate import HeldOut
 
 
 def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict[str, Any]:
     """Improve a policy on its own samples; evaluate before, now and then on dev, and after."""
     rows = data.rows("train")
-    policy = load(OmegaConf.to_object(cfg.model), cfg.seed, data.texts(), run.checkpoint)  # type: ignore[arg-type]
-    optimizer = run.optimizer(policy.model, algo, algo.steps)
+    model: Model = OmegaConf.to_object(cfg.model)  # type: ignore[assignment]
+    policy = load(model, cfg.seed, data.texts(), run.checkpoint)
+    policy.drop_dropout()
+    if algo.critic is not None:
+        policy.critic = algo.critic.build(policy.model)
+        if run.checkpoint:
+            load_model(policy.critic, run.checkpoint / "state" / "critic.safetensors")
+    start = reference(policy, model, cfg.seed, data.texts(), algo.micro_tokens) if algo.wants_reference else None
+    optimizer = run.optimizer(policy, algo, algo.steps)
     held_out = HeldOut(cfg.evaluate, data, reward, run)
     if run.checkpoint:
         algo.load_state(run.state["algo"])
     else:
         run.before = held_out.test(policy, "before")
 
-    with run.training(algo.steps):
-        for step in range(run.first_step, algo.steps):
+    steps = run.first_step if algo.over else algo.steps
+    with run.training(steps):
+        for step in range(run.first_step, steps):
             run.seed_globally(step)  # for a reward that draws from torch's own generator
+            algo.at(step)
             with run.phase("sample"):
-                prompts = run.draw(rows, algo.prompts_per_step, step)
+                prompts = run.draw(rows, algo.rows_per_step, step)
                 batch = algo.sample(policy, prompts, reward, run.generator(step, "sample"))
+            run.count(
+                "samples", len(batch.drawn())
+            )  # what only told how to sample counts in tokens and seconds, not here
+            run.count("tokens/sampled", float(batch.drawn().mask.sum()) + batch.probe_tokens)
             with run.phase("score"):
-                batch = algo.credit(batch.with_(scores=_checked(reward(batch), batch)))
+                batch = credit(algo, policy, reward, start, batch)
+            run.count("tokens/trained", float(batch.mask.sum()) * algo.epochs)
             with run.phase("update"):
-                lr = algo.lr * warmup_decay(step, algo.steps, algo.warmup, algo.schedule, algo.floor)
+                policy.model.train(model.gradient_checkpointing)  # dropout is off: this only lets layers recompute
                 for _ in range(algo.epochs):
                     for part in batch.minibatches(algo.minibatches):
                         stats = run.update(
-                            policy.model, optimizer, lambda rows: algo.loss(policy, rows),
-                            part.split(algo.micro_tokens), algo.max_grad_norm, step, lr,
+                            optimizer, lambda rows: algo.loss(policy, rows),
+                            part.split(algo.micro_tokens), algo.max_grad_norm, step, algo.rates(step),
                         )  # fmt: skip
-            _count(run, batch, algo)
+                policy.model.eval()
             every = cfg.run.samples_every
-            if every and (step % every == 0 or step + 1 == algo.steps):
+            if every and (step % every == 0 or step + 1 == steps):
                 run.samples(step + 1, batch)
-            metrics = {**_metrics(batch, algo), **algo.metrics(batch), **stats, "lr": lr, **run.speed()}
-            run.end_step(step + 1, algo.steps, metrics, policy, optimizer, algo, held_out)
-    return run.finish(policy, algo.steps, held_out)
+            metrics = {
+                **_metrics(batch.drawn()),
+                **algo.metrics(batch),
+                **stats,
+                "lr": algo.rates(step)[0],
+                **run.speed(),
+            }
+            nats = algo.adapt(batch)
+            if nats is not None:
+                metrics |= {"kl": nats, "kl_coefficient": algo.kl}
+            if algo.over:
+                steps = step + 1
+                run.progress.say(f"stopping after step {steps}: the KL, {nats:.3g} nats, is above algo.kl_limit.")
+            run.end_step(step + 1, steps, metrics, policy, optimizer, algo, held_out)
+            if step + 1 == steps:
+                break
+    return run.finish(policy, steps, held_out)
+
+
+def credit(algo: RL, policy: Policy, reward: Reward, start: Callable[[Batch], Tensor] | None, batch: Batch) -> Batch:
+    """The sampled batch with all that the loss needs: scores, the start model's log-probabilities, values, advantages."""
+    scores = reward(batch) if batch.scores is None else batch.scores
+    batch = batch.with_(scores=_checked(scores, batch))
+    if start is not None:
+        batch = batch.with_(ref_logprobs=start(batch))
+    critic = algo.critic
+    if critic is not None:
+        with torch.no_grad():
+            values = by_parts(batch, algo.micro_tokens, lambda part: critic.values(policy.value_outputs(part)))
+        batch = batch.with_(values=values * batch.mask)
+    return algo.credit(batch)
 
 
 def _checked(scores: Tensor, batch: Batch) -> Tensor:
@@ -71,13 +117,7 @@ def _checked(scores: Tensor, batch: Batch) -> Tensor:
     return scores.float()
 
 
-def _count(run: Run, batch: Batch, algo: RL) -> None:
-    run.count("samples", len(batch))  # a greedy probe counts in tokens and seconds, not here
-    run.count("tokens/sampled", float(batch.mask.sum()) + batch.probe_tokens)
-    run.count("tokens/trained", float(batch.mask.sum()) * algo.epochs)
-
-
-def _metrics(batch: Batch, algo: RL) -> dict[str, float]:
+def _metrics(batch: Batch) -> dict[str, float]:
     """Reward, its spread, and what shows that something is wrong: dead groups, length, sequences cut off."""
     assert batch.scores is not None and batch.logprobs is not None and batch.advantages is not None
     means = group_mean(batch.scores, batch.group)[batch.group_starts()]  # over rows, hard inputs would weigh more
@@ -86,6 +126,6 @@ def _metrics(batch: Batch, algo: RL) -> dict[str, float]:
         "reward_std": float(means.std(correction=0)),
         "zero_advantage": float((batch.advantages.abs().sum(1) == 0).float().mean()),
         "length": float(batch.lengths.float().mean()),
-        "cut_off": float((batch.lengths == algo.max_new_tokens).float().mean()),
+        "cut_off": float((~batch.extra["ended"]).float().mean()),
         "nll_sampled": -float((batch.logprobs * batch.mask).sum() / batch.mask.sum()),
     }

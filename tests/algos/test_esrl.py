@@ -392,6 +392,9 @@ class Scripted:
     def forward(self, batch, temperature=None):
         return self.gold if batch is self.references else self.samples
 
+    def score(self, batch, temperature=None):
+        return self.forward(batch), None
+
 
 def test_e7_mixing(make_batch):
     """L_RL -.70015, MLE 2.0 and lambda .7 -> .109895: lambda times the loss with mle_weight = .3 / .7.
@@ -445,9 +448,12 @@ def test_logprob_temperature(policy, rows, how, taus):
     assert sum(float(algo.loss(policy, part).total.detach()) for part in parts) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_sampled_log_probabilities_stay_at_temperature_one(policy, rows):
-    _, batch = tempered(policy, rows, "sampling")
+def test_sampled_log_probabilities_have_the_temperature_of_the_gradient(policy, rows):
+    _, batch = tempered(policy, rows, "one")
     torch.testing.assert_close(batch.logprobs, policy.forward(batch).detach(), atol=1e-4, rtol=0)
+    _, batch = tempered(policy, rows, "sampling")
+    tau = batch.extra["logprob_temperature"]
+    torch.testing.assert_close(batch.logprobs, policy.forward(batch, tau).detach(), atol=1e-4, rtol=0)
 
 
 # ---- settings and state ----------------------------------------------------------------------------------------------

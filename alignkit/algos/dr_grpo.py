@@ -1,0 +1,49 @@
+"""Dr. GRPO (arXiv 2503.20783): GRPO without the two normalisations that bias it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alignkit import losses, ops
+from alignkit.algos._rl import RL, draw, spread
+from alignkit.batch import Batch, Loss
+from alignkit.data import Row
+from alignkit.policy import Policy
+from alignkit.rewards import Reward
+
+
+@dataclass(kw_only=True)
+class DrGRPO(RL):
+    """Dr. GRPO (arXiv 2503.20783): A = R - mean over the responses to one input, not divided by their deviation, and token
+    losses summed and divided by a constant, the longest response, not by each response's own length. No KL.
+
+    The mean over responses is taken too, as in TRL and oat; verl divides by the constant alone.
+    """
+
+    k: int = 8  # responses an input
+    temperature: float = 1.0  # of the samples, and of the log-probabilities
+    clip: float = 0.2  # of the token ratio
+    normalize: Literal["groups", "sequences", "responses", "tokens", "constant"] = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 2 or self.temperature <= 0 or self.clip <= 0:
+            raise ValueError("k must be at least 2; temperature and clip above 0")
+
+    def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
+        return draw(self, policy, rows, generator)
+
+    def credit(self, batch: Batch) -> Batch:
+        rewards = self.outcomes(batch)
+        return spread(ops.centred(rewards, batch.group), batch)
+
+    def objective(self, logprobs: Tensor, batch: Batch) -> Loss:
+        assert batch.logprobs is not None and batch.advantages is not None
+        return losses.clipped(
+            logprobs, batch.logprobs, batch.advantages, batch.mask, batch.group, self.normalize, self.max_new_tokens,
+            low=self.clip,
+        )  # fmt: skip

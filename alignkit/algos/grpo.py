@@ -1,0 +1,54 @@
+"""GRPO (arXiv 2402.03300): a response's advantage is its reward, standardised within its group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alignkit import losses, ops
+from alignkit.algos._rl import RL, draw, spread
+from alignkit.batch import Batch, Loss
+from alignkit.data import Row
+from alignkit.policy import Policy
+from alignkit.rewards import Reward
+
+
+@dataclass(kw_only=True)
+class GRPO(RL):
+    """GRPO (arXiv 2402.03300): A = (R - mean) / (std + eps) over the responses to one input; no critic.
+
+    Clipped token ratio, mean over each response's tokens, then over responses; KL to the start model in the loss (k3).
+    The deviation is the sample one (ddof 1), as in TRL, verl and oat; eps is TRL's. TRL's own default loss is DAPO's
+    token mean without KL: ``normalize=tokens kl=0``.
+    """
+
+    k: int = 8  # responses an input
+    temperature: float = 1.0  # of the samples, and of the log-probabilities
+    clip: float = 0.2  # of the token ratio
+    eps: float = 1e-4  # added to the deviation
+    normalize: Literal["groups", "sequences", "responses", "tokens", "constant"] = "responses"
+    kl: float = 0.04
+    kl_in: Literal["reward", "loss"] = "loss"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 2 or self.temperature <= 0 or self.clip <= 0 or self.eps <= 0:
+            raise ValueError("k must be at least 2; temperature, clip and eps above 0")
+
+    def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
+        return draw(self, policy, rows, generator)
+
+    def credit(self, batch: Batch) -> Batch:
+        rewards = self.outcomes(batch)
+        return spread(ops.centred(rewards, batch.group) / (ops.group_std(rewards, batch.group) + self.eps), batch)
+
+    def objective(self, logprobs: Tensor, batch: Batch) -> Loss:
+        assert batch.logprobs is not None and batch.advantages is not None
+        return losses.clipped(
+            logprobs, batch.logprobs, batch.advantages, batch.mask, batch.group, self.normalize, self.max_new_tokens,
+            low=self.clip,
+        )  # fmt: skip

@@ -1,0 +1,57 @@
+"""Online DPO (arXiv 2402.04792): sample, let the reward pick the better and the worse, take a preference step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from alignkit import losses, ops
+from alignkit.algos._rl import RL, draw, spread
+from alignkit.batch import Batch, Loss
+from alignkit.data import Row
+from alignkit.policy import Policy
+from alignkit.rewards import Reward
+
+
+@dataclass(kw_only=True)
+class OnlineDPO(RL):
+    """Online DPO (OAIF, arXiv 2402.04792): k responses of the current policy, the best and the worst by the reward, and
+    the DPO or IPO loss of that pair against the start model. A pair with equal rewards is left out of the mean.
+    """
+
+    k: int = 2  # responses an input
+    temperature: float = 1.0  # of the samples, and of the log-probabilities
+    beta: float = 0.1  # of dpo; tau of ipo
+    preference: Literal["dpo", "ipo"] = "dpo"
+    needs_reference: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 2 or self.temperature <= 0 or self.beta <= 0:
+            raise ValueError("k must be at least 2; temperature and beta above 0")
+        if self.wants_penalty or self.mle_weight:
+            raise ValueError("online DPO holds to the start model through beta: kl and mle_weight must be 0")
+
+    def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
+        return draw(self, policy, rows, generator)
+
+    def credit(self, batch: Batch) -> Batch:
+        """Two rows a group, the chosen first; advantages ± half the difference of their rewards."""
+        rewards = self.outcomes(batch)
+        best, worst = ops.best_and_worst(rewards, batch.group)
+        kept = torch.stack([best, torch.where(worst == best, best + 1, worst)], dim=1).flatten()
+        kept_rewards, batch = rewards[kept], batch.take(kept)
+        return spread(ops.centred(kept_rewards, batch.group), batch)
+
+    def objective(self, logprobs: Tensor, batch: Batch) -> Loss:
+        assert batch.ref_logprobs is not None and batch.advantages is not None
+        log_ratios = ((logprobs - batch.ref_logprobs) * batch.mask).sum(1)
+        margins = log_ratios[0::2] - log_ratios[1::2]
+        differ = batch.advantages[0::2, 0] > 0
+        loss = losses.preference(margins, self.preference, self.beta) * differ
+        n = float(differ.sum())
+        won = float(((margins > 0) & differ).sum()) / max(n, 1.0)
+        return Loss(loss.sum(), n, {"preference_accuracy": won})

@@ -1,0 +1,68 @@
+"""PPO for language models (arXiv 1707.06347, 1909.08593)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alignkit import losses, ops
+from alignkit.algos._rl import RL, draw
+from alignkit.batch import Batch, Loss
+from alignkit.critic import Critic
+from alignkit.data import Row
+from alignkit.policy import Policy
+from alignkit.rewards import Reward
+
+
+@dataclass(kw_only=True)
+class PPO(RL):
+    """PPO (arXiv 1707.06347) with token actions: r_t = -kl log(pi/ref)_t, plus the score at the last token; advantages by
+    GAE (arXiv 1506.02438), whitened over the batch's tokens; clipped ratio; a critic trained towards A + V.
+
+    ``critic.trunk`` shares or does not share the policy's; ``critic.loss=hl_gauss`` (arXiv 2403.03950) predicts a histogram.
+    ``kl_target`` turns on the adaptive controller (arXiv 1909.08593).
+    """
+
+    k: int = 1  # responses an input
+    temperature: float = 1.0  # of the samples, and of the log-probabilities
+    clip: float = 0.2  # of the token ratio
+    dual_clip: float | None = None  # with A < 0 the loss is at most this times -A; null: off
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: Literal["none", "scale", "full"] = (
+        "full"  # advantages: as they are, to variance 1, to mean 0 and variance 1
+    )
+    critic: Critic = field(default_factory=Critic)  # type: ignore[misc]  # the base has none
+    epochs: int = 4
+    kl: float = 0.05
+    normalize: Literal["groups", "sequences", "responses", "tokens", "constant"] = "tokens"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1 or self.temperature <= 0 or self.clip <= 0 or not 0 <= self.gamma <= 1 or not 0 <= self.lam <= 1:
+            raise ValueError("k must be at least 1; temperature and clip above 0; gamma and lam within [0, 1]")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError("dual_clip must be above 1, or null")
+
+    def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
+        return draw(self, policy, rows, generator)
+
+    def credit(self, batch: Batch) -> Batch:
+        assert batch.values is not None
+        advantages, returns = ops.gae(self.token_rewards(batch), batch.values, batch.mask, self.gamma, self.lam)
+        if self.whiten != "none":
+            advantages = ops.whiten(advantages, batch.mask, shift=self.whiten == "full")
+        return batch.with_(advantages=advantages, returns=returns)
+
+    def objective(self, logprobs: Tensor, batch: Batch) -> Loss:
+        assert batch.logprobs is not None and batch.advantages is not None
+        return losses.clipped(
+            logprobs, batch.logprobs, batch.advantages, batch.mask, batch.group, self.normalize, self.max_new_tokens,
+            low=self.clip, dual=self.dual_clip,
+        )  # fmt: skip
+
+    def metrics(self, batch: Batch) -> dict[str, float]:
+        return {"explained_variance": ops.explained_variance(batch)}

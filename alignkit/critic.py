@@ -1,0 +1,74 @@
+"""The critic of an actor–critic method: a value before each response token."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from alignkit import losses, ops
+from alignkit.batch import Batch
+
+
+@dataclass(kw_only=True)
+class Critic:
+    """How values are predicted and trained.
+
+    ``mse`` regresses a scalar; ``hl_gauss`` (arXiv 2403.03950) predicts a histogram over ``[low, high]`` and is trained by
+    cross-entropy on a Gaussian around the return. The support must cover all returns, KL penalty included, with some
+    room: truncation at its ends pulls values inward.
+    """
+
+    trunk: Literal["separate", "shared"] = "separate"  # a copy of the start model, or the policy's own hidden states
+    loss: Literal["mse", "hl_gauss"] = "mse"
+    lr: float = 1e-4  # peak learning rate of the critic's own weights; the schedule is the policy's
+    weight: float = 0.1  # of the value loss beside the policy's
+    clip: float | None = 0.2  # mse: values move at most this far from the sampling pass's; null: not clipped
+    bins: int = 51  # hl_gauss: bins between low and high
+    low: float = -0.5
+    high: float = 1.5
+    ratio: float = 0.75  # hl_gauss: deviation of the Gaussian, in bins
+
+    def __post_init__(self) -> None:
+        if self.lr < 0 or self.weight < 0 or (self.clip is not None and self.clip <= 0):
+            raise ValueError("critic: lr and weight must not be negative; clip must be above 0, or null")
+        if self.bins < 2 or self.low >= self.high or self.ratio <= 0:
+            raise ValueError("critic: bins must be at least 2, low below high, ratio above 0")
+
+    @property
+    def edges(self) -> Tensor:
+        return torch.linspace(self.low, self.high, self.bins + 1)
+
+    def build(self, model: Any) -> ValueModel:
+        """The value model beside a policy's ``model``."""
+        return ValueModel(
+            model.get_output_embeddings().weight.shape[1],
+            1 if self.loss == "mse" else self.bins,
+            copy.deepcopy(model) if self.trunk == "separate" else None,
+        ).to(model.device)
+
+    def values(self, raw: Tensor) -> Tensor:
+        """Outputs (B, T, m) → values (B, T)."""
+        return raw.squeeze(-1) if self.loss == "mse" else ops.hl_gauss_value(raw, self.edges.to(raw.device))
+
+    def token_losses(self, raw: Tensor, batch: Batch) -> Tensor:
+        """Value loss (B, T) of outputs (B, T, m) against ``batch.returns``."""
+        assert batch.values is not None and batch.returns is not None
+        if self.loss == "mse":
+            return losses.clipped_value(raw.squeeze(-1), batch.values, batch.returns, self.clip)
+        edges = self.edges.to(raw.device)
+        return losses.hl_gauss(raw, batch.returns, edges, self.ratio * float(edges[1] - edges[0]))
+
+
+class ValueModel(torch.nn.Module):
+    """A linear head, 0 at the start, on the hidden states of its own ``trunk``, or of the policy's where that is None."""
+
+    def __init__(self, width: int, outputs: int, trunk: Any) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = torch.nn.Linear(width, outputs)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
