@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+BENCH ?=
 
 .PHONY: demo setup format lint type check test smoke golden bench
 
@@ -38,5 +39,7 @@ smoke: setup  ## each stage's tiny configuration through the real command line
 golden: setup  ## write tests/golden anew: only after a change that is meant to change numbers
 	$(BIN)/python scripts/golden.py
 
-bench: setup  ## speed against the alternatives, in one run
+bench: setup  ## speed and memory against the alternatives; BENCH=--readme also rewrites the tables in README.md
 	$(BIN)/python scripts/bench_decode.py $(ARGS)
+	$(BIN)/python scripts/bench_rl.py $(BENCH)
+	$(BIN)/python scripts/bench_memory.py $(BENCH)

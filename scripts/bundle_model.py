@@ -11,9 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
+from alignkit.config import Model
+from alignkit.policy import load
 from alignkit.run import hash_weights
 
 MODELS = Path(__file__).parent.parent / "alignkit" / "assets" / "models"
@@ -21,9 +20,8 @@ MODELS = Path(__file__).parent.parent / "alignkit" / "assets" / "models"
 
 def main(run: Path, name: str) -> None:
     out = MODELS / name
-    model = AutoModelForSeq2SeqLM.from_pretrained(run / "final", dtype=torch.float16)
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(run / "final").save_pretrained(out)
+    policy = load(Model(path=str(run), dtype="float16", device="cpu"), seed=0)
+    policy.save(out)
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     data = json.loads((run / "data.json").read_text(encoding="utf-8"))
     command = (run / "command.txt").read_text(encoding="utf-8").split("\n")[0]
@@ -37,12 +35,12 @@ library_name: transformers
 license: {LICENSES[name][0]}
 tags: [alignkit, sft]
 ---
-# {name}: a small encoder–decoder bundled with alignkit
+# {name}: a small {"encoder–decoder" if policy.is_encoder_decoder else "causal model"} bundled with alignkit
 
 {LICENSES[name][1]}
 
 Trained from scratch by alignkit's own `sft` stage, stored in half precision
-({sum(p.numel() for p in model.parameters()):,} parameters).
+({sum(p.numel() for p in policy.model.parameters()):,} parameters).
 
 ```
 {command}
@@ -70,6 +68,11 @@ def run_metric(run: Path) -> str:
 
 
 LICENSES = {
+    "arithmetic": (
+        "apache-2.0",
+        "Sums and differences of 4 to 6 digits, worked out step by step. Trained on rows that "
+        "scripts/prepare_arithmetic.py makes.",
+    ),
     "nlg": (
         "apache-2.0",
         "Dialogue act to sentence (restaurants and hotels). Trained on the RNNLG data of the Cambridge University "

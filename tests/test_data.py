@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib.util
 import io
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
+from alignkit.config import conf_dir
 from alignkit.data import BUNDLED, Data, hash_source, overlap, read
 from alignkit.errors import UserError
 
@@ -135,6 +139,89 @@ def test_bundled_data(name: str, split: str) -> None:
     raw = (BUNDLED / f"{name}.{split}.jsonl").read_bytes()
     assert len(rows) == raw.count(b"\n") > 100
     assert all(isinstance(v, str | list) for row in rows for v in row.values())
+
+
+@pytest.fixture(scope="module")
+def script() -> Callable[[str], Any]:
+    """``script(name)``: a file of ``scripts/`` as a module."""
+    folder = Path(__file__).parent.parent / "scripts"
+
+    def get(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return get
+
+
+SPLITS = ("train", "dev", "test")
+
+
+def bundled(name: str) -> dict[str, list[Any]]:
+    """Split → the rows of bundled data, as the file of ``conf/data`` renders them."""
+    made = yaml.safe_load((conf_dir() / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
+    data = Data(**{key: value for key, value in made.items() if key != "_target_"})
+    return {split: data.rows(split) for split in SPLITS}
+
+
+def test_the_bundled_arithmetic_is_what_its_script_makes(script: Callable[[str], Any], tmp_path: Path) -> None:
+    made = script("prepare_arithmetic")
+    made.main(tmp_path)
+    assert len([*tmp_path.iterdir()]) == 3
+    for path in tmp_path.iterdir():
+        assert columns(f"bundled:{path.name}") == columns(str(path)), path.name
+    assert made.make(seed=0) == made.make(seed=0) != made.make(seed=1)
+
+
+def test_the_bundled_arithmetic_is_right() -> None:
+    """Every step of the working against Python's own arithmetic; no prompt twice."""
+    splits = bundled("arithmetic")
+    for rows in splits.values():
+        assert {row["level"] for row in rows} == {3, 4, 5}
+        for row in rows:
+            prompt, steps = row["prompt"].removesuffix("="), row["response"].split("=")
+            assert re.fullmatch(r"[1-9]([+-][1-9]){3,5}", prompt)
+            assert len(steps) == row["level"] == len(re.findall(r"[+-]", prompt))
+            assert {eval(step) for step in [prompt, *steps]} == {int(row["answer"])}
+            assert steps[-1] == row["answer"]
+            assert all(prompt.endswith(step.lstrip("0123456789")) for step in steps)
+    prompts = [row["prompt"] for rows in splits.values() for row in rows]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_arithmetic_is_solved_by_hand(script: Callable[[str], Any]) -> None:
+    made = script("prepare_arithmetic")
+    assert made.solve(3, [("+", 9), ("-", 4), ("-", 7)]) == [12, 8, 1]
+    assert made.expression(12, [("-", 4), ("-", 7)]) == "12-4-7"
+
+
+def test_the_bundled_fairy_tales() -> None:
+    """Whole stories are held out; a prompt is eight words, and what follows is not empty."""
+    splits = bundled("fairy_tales")
+    told = {split: {row["story"] for row in rows} for split, rows in splits.items()}
+    assert not told["train"] & told["dev"] and not told["train"] & told["test"] and not told["dev"] & told["test"]
+    for rows in splits.values():
+        assert len(rows) > 100
+        assert all(len(row["prompt"].split()) == 8 and row["response"] for row in rows)
+        assert all(len(row["prompt"] + row["response"]) < 500 for row in rows)
+        assert "Gutenberg" not in json.dumps(rows)
+
+
+def test_how_fairy_tales_are_cut(script: Callable[[str], Any]) -> None:
+    made = script("prepare_fairy_tales")
+    tale = " ".join(f"Then came day {i}, and the fox said: ‘Good day!’" for i in range(40))
+    text = (
+        f"A BOOK\n\nBy Somebody\n\nCONTENTS:\n\n     THE FOX\n\nTHE FOX\n\n{tale}\n\n  A rhyme,\n  in TWO lines.\n\n"
+        f"     CHORUS.\n\n*****\n\nA note on foxes.\n\n2.  Oz\n\n{tale}"
+    )
+    assert made.stories(text) == {"THE FOX": f"{tale} A rhyme, in TWO lines. CHORUS.", "2. Oz": tale}
+    cut = made.passages(tale)
+    assert " ".join(cut) == tale
+    assert all(len(p) <= 500 and p.endswith("day!’") for p in cut)
+    assert made.passages("word " * 150 + "end.") == [("word " * 100).strip(), "word " * 50 + "end."]
+    assert made.passages("word " * 15 + "end.") == []
 
 
 @pytest.fixture

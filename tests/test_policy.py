@@ -14,9 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.config import Lora, Model
+from alignkit.data import Data
 from alignkit.decode import Decode
 from alignkit.errors import UserError
 from alignkit.policy import Policy, load, resolve, train_tokenizer
+from alignkit.rewards.rule import Answer
 
 TEXTS = ["the cat sat", "a dog ran far", "birds sing", "we eat apples and bread", "rain", "open the old door slowly"]
 PAD, BOS, EOS = 0, 1, 2
@@ -241,6 +243,17 @@ def test_the_seed_decides_the_weights_of_a_new_model():
     first, same, other = (load(scratch("llama"), seed, TEXTS).model.state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[k], same[k]) for k in first)
     assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_the_bundled_causal_model_solves_a_part_of_its_task():
+    """Right often enough to have a signal, wrong often enough to have something to learn; a token a character."""
+    policy = load(Model(path="bundled:arithmetic", device="cpu"), 0)
+    rows = Data(test="bundled:arithmetic.test.jsonl", response="{response}").rows("test")[:200]
+    assert not policy.is_encoder_decoder
+    around = 2  # the space before a text, and the end of sequence
+    assert policy.demonstrations(rows).lengths.tolist() == [len(row["response"]) + around for row in rows]
+    right = Answer()(policy.generate(rows, 1, Decode(max_new_tokens=64, greedy=True)))
+    assert 0.3 < float(right.mean()) < 0.9
 
 
 # ---- adapters

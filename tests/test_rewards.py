@@ -12,7 +12,7 @@ from alignkit.batch import Batch
 from alignkit.errors import UserError
 from alignkit.rewards.metric import ChrF, ExactMatch, SentenceBLEU
 from alignkit.rewards.mix import Mix
-from alignkit.rewards.rule import Constant, Length, Slots, values
+from alignkit.rewards.rule import Answer, Constant, Length, Slots, values
 
 
 def batch(*pairs: tuple[str, dict[str, Any]], lengths: list[int] | None = None) -> Batch:
@@ -67,6 +67,53 @@ def test_length_falls_with_the_distance_to_the_target() -> None:
     assert Length(target=10)(rows).tolist() == [1.0, 0.5, 0.0]
     assert Length(target=2, unit="words")(rows).tolist() == [0.0, 1.0, 0.5]
     assert Length(target=3, unit="characters")(rows).tolist() == pytest.approx([0.0, 1.0, 1 / 3])
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score"),
+    [
+        ("51", "51", 1.0),
+        ("65-14=51", "51", 1.0),  # the working before it does not count
+        ("65-14=52", "51", 0.0),
+        ("65-14=51=", "51", 1.0),
+        ("65-14", "14", 1.0),  # this minus is an operation
+        ("65-14", "-14", 0.0),
+        ("3-9=-6", "-6", 1.0),
+        ("3-9=6", "-6", 0.0),
+        ("3-9=-6", "6", 0.0),
+        ("(-4)-6", "6", 1.0),
+        ("8--6", "-6", 1.0),
+        ("", "51", 0.0),
+        ("I do not know.", "0", 0.0),
+        ("so it is 51.", "51", 1.0),
+        ("51 apples are left, I think", "51", 1.0),
+        ("51 or 52", "51", 0.0),
+        ("51", "the working #### 51", 1.0),
+        ("051", "51", 1.0),
+        ("1,024 and no cents", "1024", 1.0),
+        ("1024.00", "1,024", 1.0),
+        ("1,2", "12", 0.0),  # a list, not thousands
+        ("1,2", "2", 1.0),
+        ("0.5", "5", 0.0),
+        ("51", 51, 1.0),
+        ("-0.5", -0.5, 1.0),
+    ],
+)
+def test_answer(response: str, answer: Any, score: float) -> None:
+    assert Answer()(batch((response, {"answer": answer}))).tolist() == [score]
+
+
+def test_answer_takes_each_row_by_itself_and_any_column() -> None:
+    rows = batch(("1", {"sum": "1"}), ("1", {"sum": "2"}), ("2", {"sum": "2"}))
+    assert Answer(column="sum")(rows).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_answer_names_a_row_that_it_cannot_use() -> None:
+    with pytest.raises(UserError, match=r"row 1 has no column 'answer'.* Did you mean 'answers'\? Set reward\.column"):
+        Answer()(batch(("1", {"answer": "1"}), ("1", {"answers": "1"})))
+    for value in ("none", "", None):
+        with pytest.raises(UserError, match=r"row 0: column 'answer' holds no number .*"):
+            Answer()(batch(("1", {"answer": value})))
 
 
 ACT = "inform(name='alamo square seafood grill';near='alamo square';phone='4155512345';kidsallowed=dont_care;type=restaurant)"

@@ -1,9 +1,10 @@
-"""Rewards that look at the response alone or at a column of the row: length, slots of a dialogue act, a constant."""
+"""Rewards that look at the response alone or at a column of the row: length, answer, slots of a dialogue act, a constant."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
 from typing import Literal
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from alignkit.batch import Batch
+from alignkit.data import Row
+from alignkit.errors import UserError, suggest
 
 
 @dataclass(kw_only=True)
@@ -31,6 +34,36 @@ class Length:
             sizes = [len(y.split()) if self.unit == "words" else len(y) for y in batch.responses]
             lengths = torch.tensor(sizes, dtype=torch.float32, device=batch.response_ids.device)
         return (1 - (lengths - self.target).abs() / self.target).clamp(min=0)
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """1 where the last number of the response is the last number of a column of the row, else 0.
+
+    Working before it and text after it do not count. ``1,024`` and ``1024.0`` are the same number; the minus of
+    ``9-4`` is an operation, that of ``=-4`` a sign.
+    """
+
+    column: str = "answer"  # column of the answer, a number or text that ends with one, such as ``#### 42``
+
+    def __call__(self, batch: Batch) -> Tensor:
+        rows = {id(row): row for row in batch.rows}  # one row stands for all samples of its prompt
+        answers = {key: self._answer(row) for key, row in rows.items()}
+        scores = [last_number(y) == answers[id(row)] for row, y in zip(batch.rows, batch.responses, strict=True)]
+        return torch.tensor(scores, dtype=torch.float32, device=batch.response_ids.device)
+
+    def _answer(self, row: Row) -> Decimal:
+        if self.column not in row:
+            raise UserError(
+                f"row {row['id']} has no column '{self.column}', which the answer reward compares with."
+                f"{suggest(self.column, row)} Set reward.column."
+            )
+        answer = last_number(str(row[self.column]))
+        if answer is None:
+            raise UserError(
+                f"row {row['id']}: column '{self.column}' holds no number for the answer reward: {row[self.column]!r}."
+            )
+        return answer
 
 
 @dataclass(kw_only=True)
@@ -56,6 +89,15 @@ class Constant:
 
     def __call__(self, batch: Batch) -> Tensor:
         return torch.full((len(batch),), float(self.value), device=batch.response_ids.device)
+
+
+NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?", re.ASCII)
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text, None where there is none."""
+    found = NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
 UNSPOKEN = {"yes", "no", "true", "false", "none", "dont_care", "dontcare", "hotel", "restaurant", ""}
