@@ -382,6 +382,8 @@ def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None =
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if cfg.compute == "bfloat16" and device == "cpu" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("sdpa_float32")
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora.r:

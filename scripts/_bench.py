@@ -38,9 +38,8 @@ class Worker:
 
     def __init__(self, name: str, words: list[str], threads: int, log: Path) -> None:
         self.name, self.log = name, log
-        # an idle process must not spin at a barrier; nor may anything look for a GPU, a hub or a tracker
-        quiet = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-        quiet |= {"KMP_BLOCKTIME": "0", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+        # nothing may look for a GPU, a hub or a tracker
+        quiet = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
         quiet |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled"}
         quiet["TMPDIR"] = str(log.parent)  # some libraries leave temporary folders behind
         command = [sys.executable, sys.argv[0], "--worker", name, "--threads", str(threads), *words]

@@ -12,7 +12,7 @@ its real stage (``stages/rl.py``), TRL its real trainer; data loading and loggin
 
 ==============  ======================================================================================================
 alignkit        float32; micro-batches of ``--micro-tokens`` tokens
-alignkit-bf16   the same with ``model.compute=bfloat16``, where this version of alignkit has it
+alignkit-bf16   the same with ``model.compute=bfloat16``
 trl-fp32        GRPO, float32, no gradient checkpointing, all 128 rows in one batch
 trl-micro       the same with 4 batches of 32 rows (one rollout, one optimizer step)
 trl-default     GRPO with TRL's own defaults, bf16 autocast and gradient checkpointing, 128 rows in one batch
@@ -119,18 +119,15 @@ def read_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def alignkit_words(args: argparse.Namespace, folder: str) -> list[str]:
-    """The command line of the run: GRPO where there is one, else REINFORCE with a leave-one-out baseline."""
-    from alignkit.config import conf_dir
-
-    algo = "grpo" if (conf_dir() / "algo" / "grpo.yaml").exists() else "reinforce"
+    """The command line of the run: what TRL's defaults optimise, a mean over tokens and no KL."""
     return [
-        f"+algo={algo}", "algo.steps=1000000", f"algo.lr={LR}", "algo.schedule=constant", "algo.warmup=0",
+        "+algo=grpo", "algo.kl=0", "algo.normalize=tokens", "algo.steps=1000000", f"algo.lr={LR}", "algo.schedule=constant", "algo.warmup=0",
         f"algo.prompts_per_step={PROMPTS}", f"algo.k={SAMPLES}", f"algo.max_new_tokens={CAPS[args.workload]}",
         f"algo.micro_tokens={args.micro_tokens}", "model=hf", f"model.path={args.cache}/{args.size}-{args.workload}",
         "model.device=cpu", "data=custom", f"data.train={args.cache}/prompts.jsonl", "data.response=null",
         "reward=length", f"reward.target={TARGET}", "reward.unit=characters", "evaluate.every=0", "evaluate.test=false",
         "run.save_every=1000000", "run.samples_every=0", "run.wandb=disabled", f"run.dir={folder}",
-        *(["+model.compute=bfloat16"] if args.worker == "alignkit-bf16" else []),
+        *(["model.compute=bfloat16"] if args.worker == "alignkit-bf16" else []),
     ]  # fmt: skip
 
 
@@ -138,12 +135,9 @@ def alignkit_worker(args: argparse.Namespace, say: Callable[..., None], wait: Ca
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
-    from alignkit.config import Model, check, conf_dir, register
+    from alignkit.config import check, conf_dir, register
     from alignkit.run import Run
     from alignkit.stages import rl
-
-    if args.worker == "alignkit-bf16" and "compute" not in Model.__dataclass_fields__:
-        return say(skip="this version of alignkit has no model.compute")
 
     class Stepped(Run):
         """A run that makes one step a word of the parent, and tells what the step took."""

@@ -435,33 +435,35 @@ def test_dropping_finished_rows_makes_no_difference(any_policy, greedy, monkeypa
     watched = any_policy.model.get_output_embeddings()
     hook = watched.register_forward_hook(lambda _m, args, _out: sizes.append(args[0].shape[0]))
     outs, seen = {}, {}
-    for below in (0.0, 0.85, 2.0):
-        monkeypatch.setattr(alignkit.decode, "COMPACT_BELOW", below)
+    for stride in (100, 3, 1):
+        monkeypatch.setattr(alignkit.decode, "STRIDE", stride)
         sizes.clear()
         how = Decode(max_new_tokens=MAX_NEW, greedy=greedy, entropy=True)
         tau = torch.linspace(0.5, 1.5, len(WORDS))
-        outs[below] = any_policy.generate(make_rows(WORDS), 2, how, temperature=tau, generator=seeded(9))
-        seen[below] = sizes[1:]  # the first pass reads each prompt once
+        outs[stride] = any_policy.generate(make_rows(WORDS), 2, how, temperature=tau, generator=seeded(9))
+        seen[stride] = sizes[1:]  # the first pass reads each prompt once
     hook.remove()
-    lengths = outs[0.0].mask.sum(1)
-    assert set(seen[0.0]) == {12}
-    assert seen[2.0] == [int((lengths > t).sum()) for t in range(1, int(lengths.max()))]  # only rows that go on
-    assert seen[2.0][-1] < 12 and sum(seen[0.85]) < sum(seen[0.0])
-    for below in (0.85, 2.0):
-        assert torch.equal(outs[below].response_ids, outs[0.0].response_ids)
-        assert torch.equal(outs[below].mask, outs[0.0].mask)
-        torch.testing.assert_close(outs[below].logprobs, outs[0.0].logprobs, atol=1e-4, rtol=0)
-        torch.testing.assert_close(outs[below].extra["entropy"], outs[0.0].extra["entropy"], atol=1e-4, rtol=0)
+    lengths = outs[100].mask.sum(1)
+    left = [int((lengths > t).sum()) for t in range(1, int(lengths.max()))]
+    assert set(seen[100]) == {12}
+    assert seen[1] == left and left[-1] < 12  # only rows that go on
+    assert seen[3] == [-(-n // 3) * 3 for n in left]
+    for stride in (3, 1):
+        assert torch.equal(outs[stride].response_ids, outs[100].response_ids)
+        assert torch.equal(outs[stride].mask, outs[100].mask)
+        torch.testing.assert_close(outs[stride].logprobs, outs[100].logprobs, atol=1e-4, rtol=0)
+        torch.testing.assert_close(outs[stride].extra["entropy"], outs[100].extra["entropy"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("greedy", [True, False])
 def test_writing_in_place_makes_no_difference(any_policy, greedy, monkeypatch):
     """… nor does a generation far past a sliding window of 4, in which the buffers grow more than once."""
+    monkeypatch.setattr(alignkit.decode, "STRIDE", 1)
     how = Decode(max_new_tokens=30, greedy=greedy)
     for counts in ([5, 0, 1, 3, 1, 2], [1, 0, 1, 0, 1, 1]):  # more rows than prompts, and fewer
         place = any_policy.generate(make_rows(WORDS), counts, how, generator=seeded(7))
         with monkeypatch.context() as patch:
-            patch.setattr(alignkit.decode, "_write_in_place", lambda cache: None)
+            patch.setattr(alignkit.decode, "_write_in_place", lambda cache, dtype: None)
             plain = any_policy.generate(make_rows(WORDS), counts, how, generator=seeded(7))
         assert torch.equal(place.response_ids, plain.response_ids) and torch.equal(place.mask, plain.mask)
         torch.testing.assert_close(place.logprobs, plain.logprobs, atol=1e-5, rtol=0)
@@ -490,11 +492,14 @@ def test_a_layer_in_place_holds_what_a_dynamic_layer_holds(window):
     assert window is None or place.buffers[0].shape[-2] < 60  # what has left the window takes no room
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=20).filter(any))
+@given(st.lists(st.booleans(), min_size=1, max_size=20).filter(any), st.integers(0, 5))
 @settings(max_examples=100, deadline=None, database=None)
-def test_gaps_are_filled_from_the_end(going):
-    keep = _fill_gaps(torch.tensor(going), sum(going)).tolist()
-    assert sorted(keep) == [i for i, alive in enumerate(going) if alive]
+def test_gaps_are_filled_from_the_end(going, more):
+    """All rows that go on are kept, and some that have ended where more are asked for."""
+    size = min(sum(going) + more, len(going))
+    keep = _fill_gaps(torch.tensor(going), sum(going), size).tolist()
+    assert len(set(keep)) == len(keep) == size
+    assert {i for i, alive in enumerate(going) if alive} <= set(keep)
     assert all(i == row for i, row in enumerate(keep) if going[i])  # who can stay, stays
 
 

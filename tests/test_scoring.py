@@ -325,3 +325,16 @@ def test_bfloat16_with_lora():
     one, other = gradient(exact, exact.forward(batch)), gradient(half, half.forward(batch))
     assert len(one) == len(other) == sum(p.numel() for p in exact.model.parameters() if p.requires_grad)
     assert float(torch.cosine_similarity(one, other, dim=0)) > 0.99
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen2", "t5", "bart", "m2m_100"])
+def test_bfloat16_samples_and_scores_agree(name):
+    """Attention is computed in float32 on a processor, from a cache that holds float32: the two passes stay close."""
+    policy = built(name, compute="bfloat16")
+    rows = [{"prompt": text, "response": None, "references": [], "id": i} for i, text in enumerate(TEXTS)]
+    batch = policy.generate(rows, 3, Decode(max_new_tokens=12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        apart = (policy.forward(batch) - batch.logprobs).abs() * batch.mask
+    assert batch.logprobs.dtype == torch.float32
+    assert float(apart.sum() / batch.mask.sum()) < 0.03
+    assert next(policy.model.parameters()).dtype == torch.float32
