@@ -46,7 +46,7 @@ class Batch:
     group: Tensor  # (B,) int64
     rows: list[dict[str, Any]]  # B data rows; the rows of one group are the same object
     responses: list[str]  # B texts
-    logprobs: Tensor | None = None  # (B, T) of the sampled tokens, at temperature 1
+    logprobs: Tensor | None = None  # (B, T) of the tokens under the policy that sampled, at the loss's temperature
     ref_logprobs: Tensor | None = None  # (B, T) of the same tokens under the reference model
     values: Tensor | None = None  # (B, T) what the critic expects before each token
     returns: Tensor | None = None  # (B, T) what the critic is trained towards
@@ -87,7 +87,7 @@ class Batch:
         return Batch(**picked)._trim()
 
     def drawn(self) -> Batch:
-        """Without the rows that were given, not drawn: ``extra["given"]`` (B,) bool, where a method adds some."""
+        """Without the rows that are no samples: ``extra["given"]`` (B,) bool, where a method adds references or greedy ones."""
         given = self.extra.get("given")
         return self if given is None else self.take((~given).nonzero()[:, 0])
 

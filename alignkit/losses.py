@@ -75,7 +75,7 @@ def clipped(
     unit = mask
     if level == "sequence":  # one action a row: its advantage stands on each token, its ratio is the product
         log_ratio, advantages, unit = log_ratio.sum(1, keepdim=True), advantages[:, :1], mask[:, :1]
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(-20, 20).exp()
     bounded = ratio.clamp(1 - low, 1 + (low if high is None else high))
     loss = -torch.minimum(ratio * advantages, bounded * advantages)
     if dual is not None:

@@ -101,12 +101,14 @@ def leave_one_out(x: Tensor, group: Tensor) -> Tensor:
 
 
 def best_and_worst(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """((G,), (G,)) rows with the highest and the lowest score of each group; the first among equals."""
+    """((G,), (G,)) rows with the highest and the lowest score of each group, two different ones where there are two; the
+    first among equals."""
     _, index, sizes = torch.unique_consecutive(group, return_inverse=True, return_counts=True)
     padded = torch.full((len(sizes), int(sizes.max())), math.nan, dtype=scores.dtype, device=scores.device)
     starts = sizes.cumsum(0) - sizes
     padded[index, torch.arange(len(scores), device=scores.device) - starts[index]] = scores
     best, worst = padded.nan_to_num(-math.inf).argmax(1), padded.nan_to_num(math.inf).argmin(1)
+    worst = torch.where((worst == best) & (sizes > 1), (best + 1) % sizes, worst)
     return starts + best, starts + worst
 
 
@@ -148,7 +150,7 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     if estimator == "k2":
         return d.square() / 2
     if estimator == "k3":
-        return (-d).exp() + d - 1
+        return (-d).clamp(max=20).exp() + d - 1
     raise ValueError(f"the KL estimator must be k1, k2 or k3, not '{estimator}'")
 
 

@@ -190,8 +190,8 @@ class Policy:
     def score(self, batch: Batch, temperature: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(log-probabilities (B, T), outputs (B, T, m) of a critic that shares the trunk, from the same pass)."""
         shared = self.critic is not None and self.critic.trunk is None
-        with_head = partial(teacher_forced, self.model, batch, self._start, hidden=shared)
-        pieces = self._computed(lambda: list(with_head()))
+        forced = partial(teacher_forced, self.model, batch, self._start, hidden=shared)
+        pieces = self._computed(lambda: list(forced()))
         logprobs = []
         for piece in pieces:
             assert piece.logits is not None
@@ -257,6 +257,12 @@ class Policy:
             yield
         finally:
             self.model.train(training)
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode, of a critic's own trunk too."""
+        self.model.train(mode)
+        if self.critic is not None:
+            self.critic.train(mode)
 
     def drop_dropout(self) -> None:
         """Make training mode equal to evaluation mode: RL samples and scores one and the same distribution."""

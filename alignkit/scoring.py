@@ -168,10 +168,10 @@ def scatter(values: Tensor, where: Tensor, mask: Tensor) -> Tensor:
 
 
 def by_parts(batch: Batch, budget: int, function: Any) -> Tensor:
-    """``function`` of micro-batches, put together in the batch's order: (B, T)."""
+    """``function`` of micro-batches, put together in the batch's order: (B, T) float32."""
     index = torch.arange(len(batch), device=batch.mask.device)
     out = torch.zeros(batch.mask.shape, device=batch.mask.device)
     for part in batch.with_(extra={**batch.extra, "row": index}).split(budget):
         found = function(part)
-        out[part.extra["row"], : found.shape[1]] = found
+        out[part.extra["row"], : found.shape[1]] = found.to(out.dtype)
     return out

@@ -149,7 +149,10 @@ def _class(module: str, name: str) -> Source | None:
     else:
         for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                comment = lines[(item.end_lineno or item.lineno) - 1].partition("  # ")[2].strip()
+                written = lines[
+                    item.lineno - 1 : item.end_lineno
+                ]  # a long setting has its comment on a line of its own
+                comment = next((c for line in written if (c := _comment(line))), "")
                 settings[item.target.id] = Setting(
                     item.target.id,
                     ast.unparse(item.annotation),
@@ -157,6 +160,11 @@ def _class(module: str, name: str) -> Source | None:
                     comment,
                 )
     return Source(ast.get_docstring(node) or "", settings, init is not None and init.args.kwarg is not None)
+
+
+def _comment(line: str) -> str:
+    """The comment at the end of a line, without what is addressed to a type checker."""
+    return re.sub(r"^type: ignore\S*\s*(#\s*)?", "", line.partition("  # ")[2].strip())
 
 
 def _origin(tree: ast.Module, module: str, name: str) -> Source | None:

@@ -1,7 +1,7 @@
 """Speed and memory of one RL step: alignkit against TRL's GRPO trainer, interleaved in one run, on this machine's CPU.
 
-    python scripts/bench_rl.py                                        # all sizes and workloads, tables on the screen
-    python scripts/bench_rl.py --sizes 1m --threads 1 --csv rl.csv    # a quick look
+    python scripts/bench_rl.py                                        # a quarter of an hour; tables on the screen
+    python scripts/bench_rl.py --cells 1m/full --csv rl.csv           # a quick look
     python scripts/bench_rl.py --readme                               # also rewrites the block in README.md
 
 A step is 16 prompts × 8 samples, a cheap Python reward and one AdamW step, on decoder-only Llamas of 1M, 5M and 25M
@@ -50,6 +50,7 @@ SIZES = {  # hidden, layers, heads, mlp; steps and learning rate of the brief tr
     "25m": (512, 7, 8, 1376, 60, 1e-3),
 }
 CAPS = {"full": 32, "early": 128}
+CELLS = "1m/full,1m/early,5m/full,5m/early,25m/full"
 TRL = ("trl-fp32", "trl-micro", "trl-default")  # what the verdict compares with
 IMPLEMENTATIONS = ("alignkit", "alignkit-bf16", *TRL, "generate")
 PHASES = ("sample", "score", "update", "rest")
@@ -407,10 +408,9 @@ def tables(args: argparse.Namespace, records: list[dict], rates: dict[str, dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = "comma-separated; default: all but trl-rloo"
-    parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated")
-    parser.add_argument("--workloads", default=",".join(CAPS), help="comma-separated")
+    parser.add_argument("--cells", default=CELLS, help=f"SIZE/WORKLOAD, comma-separated; default {CELLS}")
     parser.add_argument("--only", default=",".join(IMPLEMENTATIONS), metavar="IMPLS", help=names)
-    for name, default in (("steps", 5), ("warmup", 2), ("threads", 2), ("micro-tokens", 4096)):
+    for name, default in (("steps", 5), ("warmup", 2), ("threads", 2), ("micro-tokens", 2048)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "alignkit-bench", help="of models")
     report_options(parser)
@@ -424,20 +424,24 @@ def main() -> None:
         workers = {"build": build, "floor": floor_worker, "alignkit": alignkit_worker, "trl": trl_worker}
         workers["generate"] = generate_worker
         return workers[args.worker.partition("-")[0]](args, *pipe())
-    sizes, workloads, args.only = args.sizes.split(","), args.workloads.split(","), args.only.split(",")
-    for given, known in ((sizes, SIZES), (workloads, CAPS), (args.only, (*IMPLEMENTATIONS, "trl-rloo"))):
+    cells, args.only = [cell.split("/") for cell in args.cells.split(",")], args.only.split(",")
+    every = [[size, workload] for size in SIZES for workload in CAPS]
+    for given, known in (
+        (args.cells.split(","), ["/".join(cell) for cell in every]),
+        (args.only, (*IMPLEMENTATIONS, "trl-rloo")),
+    ):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
     args.cache.mkdir(parents=True, exist_ok=True)
     rates, records = {}, []
-    for size in sizes:
+    for size in dict.fromkeys(size for size, _ in cells):
         builder = start("build", args, size)
         if builder.process.wait():
             builder.hear()  # says why
         floor = start("floor", args, size)
         rates[size] = floor.hear()
         floor.close()
-        for workload in workloads:
+        for workload in (w for s, w in cells if s == size):
             records += measure(args, size, workload)
             print(f"{size} {workload}: done", file=sys.stderr, flush=True)
     text = tables(args, records, rates)

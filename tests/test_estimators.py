@@ -31,7 +31,7 @@ def expected(make_batch, algo, prompt: str) -> tuple[torch.Tensor, torch.Tensor,
     if isinstance(algo, ReMax):  # the likeliest arm beside each group, the greedy response
         arms = torch.cat([GROUPS, p.argmax().expand(len(GROUPS), 1)], dim=1)
     batch = make_batch([arms.shape[1]] * len(arms), [1] * arms.numel(), scores=r[arms].flatten().tolist())
-    batch.extra["greedy"] = (torch.arange(arms.shape[1]) >= N).repeat(len(arms))
+    batch.extra["given"] = (torch.arange(arms.shape[1]) >= N).repeat(len(arms))
     batch = algo.credit(batch)
     advantages = batch.advantages[:, 0].double().view(-1, N)
     score = torch.eye(ARMS, dtype=torch.float64)[GROUPS] - p  # d log pi(y) / d logits

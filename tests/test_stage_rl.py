@@ -140,8 +140,8 @@ def test_the_controller_moves_the_coefficient(tmp_path: Path) -> None:
     _, run = train(tmp_path, *words)
     coefficient, seen = 0.2, set()
     for line in lines(run / "metrics.jsonl"):
+        assert line["kl_coefficient"] == pytest.approx(coefficient), "what the step was charged with"
         coefficient = ops.adapt_kl(coefficient, line["kl"], 0.1, 8, 40)
-        assert line["kl_coefficient"] == pytest.approx(coefficient)
         seen.add(line["kl"] > 0.1)
     assert seen == {True, False}
 

@@ -27,6 +27,7 @@ class RL:
     """
 
     steps: int = 100  # sampling steps
+    token_budget: int | None = None  # end the run once this many tokens were sampled, dropped and greedy ones included
     prompts_per_step: int = 32  # inputs a step
     max_new_tokens: int = 64  # longest response that is sampled
     epochs: int = (
@@ -58,11 +59,7 @@ class RL:
         self.over = False  # whether the KL went beyond its limit: the run is then at its end
         self._schedules = {f.name: dict(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Mapping)}
         for name, spec in self._schedules.items():
-            if (
-                "start" not in spec
-                or "end" not in spec
-                or (spec.get("steps", 1) is not None and spec.get("steps", 1) < 1)
-            ):
+            if not {"start", "end"} <= set(spec) or (spec.get("steps") or 1) < 1:
                 raise ValueError(f"{name}: a schedule needs start and end, and steps of at least 1 where given")
             if min(spec["start"], spec["end"]) < (0 if name in MAY_BE_ZERO else 1e-12):
                 raise ValueError(f"{name}: start and end of its schedule are too small")
@@ -87,7 +84,11 @@ class RL:
             raise ValueError("reward_clip must be above 0, or null")
         if not 0 < self.top_p <= 1:
             raise ValueError("top_p lies in (0, 1]")
-        if self.mle_weight and self.normalize != "groups":
+        if self.token_budget is not None and self.token_budget < 1:
+            raise ValueError("token_budget must be at least 1, or null")
+        if self.kl_in == "loss" and self.kl_estimator == "k1" and self.wants_penalty:
+            raise ValueError("kl_in=loss needs kl_estimator=k2 or k3: as a loss, k1 has no expected gradient")
+        if self.wants_mle and self.normalize != "groups":
             raise ValueError("mle_weight needs normalize=groups: both terms are then means over inputs")
         if self.kl_target is not None and ("kl" in self._schedules or self.kl <= 0 or self.kl_target <= 0):
             raise ValueError("kl_target needs a kl above 0 to start from, and no schedule on it")
@@ -133,6 +134,11 @@ class RL:
         return self.prompts_per_step
 
     @property
+    def wants_mle(self) -> bool:
+        """Whether the references' likelihood is weighed in, now or later."""
+        return self.mle_weight > 0 or "mle_weight" in self._schedules
+
+    @property
     def wants_penalty(self) -> bool:
         """Whether a KL is charged, now or later."""
         return self.kl > 0 or "kl" in self._schedules
@@ -152,8 +158,11 @@ class RL:
 
     def rates(self, step: int) -> list[float]:
         """Learning rates at ``step``: the policy's, and the critic's where there is one."""
-        factor = ops.warmup_decay(step, self.steps, self.warmup, self.schedule, self.floor)
-        return [factor * self.lr, *([] if self.critic is None else [factor * self.critic.lr])]
+        own = self._schedules.get("lr")  # takes the place of `schedule`, not of the warm-up
+        factor = ops.warmup_decay(step, self.steps, self.warmup, "constant" if own else self.schedule, self.floor)
+        if self.critic is None:
+            return [factor * self.lr]
+        return [factor * self.lr, factor * self.critic.lr * (self.lr / own["start"] if own and own["start"] else 1.0)]
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         """The objective, and what settings add to it: a critic's loss, the KL, the references' likelihood.
@@ -163,11 +172,10 @@ class RL:
         """
         logprobs, raw = policy.score(batch, batch.extra.get("logprob_temperature"))
         loss = self.objective(logprobs, batch)
-        apart = (
-            (logprobs.detach() - batch.logprobs).abs() * batch.mask if batch.logprobs is not None else batch.mask * 0
-        )
-        metrics = {**loss.metrics, "log_ratio": float(apart.sum() / batch.mask.sum())}
-        total = loss.total
+        total, metrics = loss.total, dict(loss.metrics)
+        if batch.logprobs is not None:
+            apart = (logprobs.detach() - batch.logprobs).abs() * batch.mask
+            metrics["log_ratio"] = float(apart.sum() / batch.mask.sum())
         if self.critic is not None:
             raw = policy.value_outputs(batch) if raw is None else raw
             value, n = self._aggregate(self.critic.token_losses(raw, batch), batch)
@@ -175,8 +183,10 @@ class RL:
             metrics["value_loss"] = float(value.detach()) / n
         if self.kl and self.kl_in == "loss":
             assert batch.ref_logprobs is not None
-            value, _ = self._aggregate(ops.kl(logprobs, batch.ref_logprobs, self.kl_estimator), batch)
-            total = total + self.kl * value
+            nats = ops.kl(logprobs, batch.ref_logprobs, self.kl_estimator)
+            if "given" in batch.extra:  # not drawn from the policy, so no estimate of its KL
+                nats = nats * ~batch.extra["given"][:, None]
+            total = total + self.kl * self._aggregate(nats, batch)[0]
         if self.mle_weight:
             starts = batch.group_starts().tolist()
             gold = policy.demonstrations([batch.rows[i] for i in starts], self.max_new_tokens)

@@ -22,7 +22,7 @@ class DAPO(RL):
 
     A wider upper clip; the mean over all tokens of the batch; a soft penalty for responses that come near the cap; and
     dynamic sampling: groups whose rewards are all equal are dropped and others sampled in their place, until
-    ``prompts_per_step`` groups are full or ``refills`` further draws are used up. What was dropped counts as sampled.
+    ``prompts_per_step`` groups are full or ``refills`` further draws are used up. What was dropped counts in sampled tokens.
     No KL.
     """
 
@@ -52,7 +52,7 @@ class DAPO(RL):
         live: list[tuple[int, int]] = []  # (draw, group) with unequal rewards
         for first in range(0, len(rows), self.prompts_per_step):
             batch = draw(self, policy, rows[first : first + self.prompts_per_step], generator)
-            scores = reward(batch).float()
+            scores = reward(batch).float().to(batch.mask.device)
             batch = batch.with_(scores=scores)
             uneven = ops.group_std(scores, batch.group)[batch.group_starts()] != 0  # NaN is for the stage to refuse
             live += [(len(drawn), g) for g in uneven.nonzero().flatten().tolist()]

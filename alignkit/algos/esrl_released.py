@@ -27,8 +27,8 @@ class ESRLReleased(RL):
     then PPO with a critic. Scores and advantages are whitened by FIFO queues, the step's own values pushed first.
 
     Not as there: q is of the unfiltered model and stops at the end of a response; the share is of the whole batch and
-    rounded down; the KL is not clamped at 0; the first queue holds scores, not token rewards (whitening those would
-    pay or charge every token without a reward); a reward at the last token, deviations of the whole population.
+    rounded down; the KL is not clamped at 0; the first queue holds scores, not token rewards (whitening those would pay or
+    charge every token without a reward); empty answers stay; each step trains on its own batch, not on two stored ones.
     """
 
     k: int = 1  # responses an input
@@ -41,13 +41,15 @@ class ESRLReleased(RL):
     clip: float = 0.2  # of the token ratio
     gamma: float = 0.95
     lam: float = 0.95
-    critic: Critic = field(default_factory=Critic)  # type: ignore[misc]  # the base has none
+    critic: Critic = field(default_factory=Critic)  # type: ignore[misc]  # how values are predicted and trained
     epochs: int = 4
     kl: float = 0.1
     normalize: Literal["groups", "sequences", "responses", "tokens", "constant"] = "tokens"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.critic, Critic):
+            raise ValueError("critic must be given: critic._target_=alignkit.critic.Critic")
         if self.k < 1 or self.temperature <= 0 or self.clip <= 0 or not 0 <= self.drop < 1 or self.queue < 0:
             raise ValueError(
                 "k must be at least 1; temperature and clip above 0; drop lies in [0, 1); queue not below 0"
@@ -84,8 +86,9 @@ class ESRLReleased(RL):
     def _whitened(self, x: Tensor, queue: list[float]) -> Tensor:
         if not self.queue:
             return x
-        past = torch.tensor(queue, device=x.device, dtype=torch.float64)  # equal values must give 0
-        return ((x - past.mean()) / (past.std(correction=0) + 1e-8)).float()
+        past = torch.tensor(queue, dtype=torch.float64)
+        apart, std = x - float(past.mean()), float(past.std(correction=0))
+        return apart / std if std > 1e-6 else apart  # equal rewards are centred alone
 
     def objective(self, logprobs: Tensor, batch: Batch) -> Loss:
         assert batch.logprobs is not None and batch.advantages is not None

@@ -41,12 +41,14 @@ class MAPPO(RL):
     clip: float = 0.2  # of the token ratio
     gamma: float = 1.0
     lam: float = 0.95
-    critic: Critic = field(default_factory=Critic)  # type: ignore[misc]  # the base has none
+    critic: Critic = field(default_factory=Critic)  # type: ignore[misc]  # how values are predicted and trained
     kl: float = 0.05
     normalize: Literal["groups", "sequences", "responses", "tokens", "constant"] = "tokens"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.critic, Critic):
+            raise ValueError("critic must be given: critic._target_=alignkit.critic.Critic")
         if min(self.k, self.n, self.repeat_times) < 1 or self.temperature <= 0 or self.clip <= 0:
             raise ValueError("k, n and repeat_times must be at least 1; temperature and clip above 0")
         if not 0 <= self.gamma <= 1 or not 0 <= self.lam <= 1:

@@ -13,6 +13,7 @@ from alignkit.batch import Batch, Loss
 from alignkit.data import Row
 from alignkit.policy import Policy
 from alignkit.rewards import Reward
+from alignkit.scoring import by_parts
 
 
 @dataclass(kw_only=True)
@@ -32,6 +33,8 @@ class MRT(RL):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.normalize != "groups":
+            raise ValueError("MRT's mean is over inputs: normalize must be groups")
         if self.k + self.gold < 2 or self.temperature <= 0 or self.alpha <= 0:
             raise ValueError("a set needs two candidates (k, gold); temperature and alpha must be above 0")
 
@@ -46,7 +49,9 @@ class MRT(RL):
         gold.extra["given"] = torch.ones(len(gold), dtype=torch.bool, device=policy.device)
         batch.extra["given"] = torch.zeros(len(batch), dtype=torch.bool, device=policy.device)
         with torch.no_grad():
-            gold = gold.with_(logprobs=policy.forward(gold, tau))
+            gold.extra["tau"] = tau
+            logprobs = by_parts(gold, self.micro_tokens, lambda part: policy.forward(part, part.extra["tau"]))
+            gold = gold.with_(logprobs=logprobs)
         return batch.merge(gold)
 
     def credit(self, batch: Batch) -> Batch:

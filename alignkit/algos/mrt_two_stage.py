@@ -32,6 +32,8 @@ class MRTTwoStage(RL):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.normalize != "groups":
+            raise ValueError("MRT's mean is over inputs: normalize must be groups")
         if self.k < 2 or self.temperature <= 0 or self.alpha <= 0:
             raise ValueError("k must be at least 2; temperature and alpha above 0")
 

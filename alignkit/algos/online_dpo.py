@@ -30,9 +30,11 @@ class OnlineDPO(RL):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.normalize != "groups":
+            raise ValueError("online DPO's mean is over pairs: normalize must be groups")
         if self.k < 2 or self.temperature <= 0 or self.beta <= 0:
             raise ValueError("k must be at least 2; temperature and beta above 0")
-        if self.wants_penalty or self.mle_weight:
+        if self.wants_penalty or self.wants_mle:
             raise ValueError("online DPO holds to the start model through beta: kl and mle_weight must be 0")
 
     def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
@@ -42,7 +44,7 @@ class OnlineDPO(RL):
         """Two rows a group, the chosen first; advantages ± half the difference of their rewards."""
         rewards = self.outcomes(batch)
         best, worst = ops.best_and_worst(rewards, batch.group)
-        kept = torch.stack([best, torch.where(worst == best, best + 1, worst)], dim=1).flatten()
+        kept = torch.stack([best, worst], dim=1).flatten()
         kept_rewards, batch = rewards[kept], batch.take(kept)
         return spread(ops.centred(kept_rewards, batch.group), batch)
 

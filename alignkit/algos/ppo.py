@@ -35,13 +35,15 @@ class PPO(RL):
     whiten: Literal["none", "scale", "full"] = (
         "full"  # advantages: as they are, to variance 1, to mean 0 and variance 1
     )
-    critic: Critic = field(default_factory=Critic)  # type: ignore[misc]  # the base has none
+    critic: Critic = field(default_factory=Critic)  # type: ignore[misc]  # how values are predicted and trained
     epochs: int = 4
     kl: float = 0.05
     normalize: Literal["groups", "sequences", "responses", "tokens", "constant"] = "tokens"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.critic, Critic):
+            raise ValueError("critic must be given: critic._target_=alignkit.critic.Critic")
         if self.k < 1 or self.temperature <= 0 or self.clip <= 0 or not 0 <= self.gamma <= 1 or not 0 <= self.lam <= 1:
             raise ValueError("k must be at least 1; temperature and clip above 0; gamma and lam within [0, 1]")
         if self.dual_clip is not None and self.dual_clip <= 1:

@@ -34,11 +34,13 @@ class REBEL(RL):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.normalize != "groups":
+            raise ValueError("REBEL's mean is over pairs: normalize must be groups")
         if self.k < 2 or self.temperature <= 0 or self.eta <= 0:
             raise ValueError("k must be at least 2; temperature and eta above 0")
         if self.pairs == "two" and self.k != 2:
             raise ValueError("pairs=two takes k=2; pairs=best_worst chooses two of k")
-        if (self.kl_in == "loss" and self.wants_penalty) or self.mle_weight:
+        if (self.kl_in == "loss" and self.wants_penalty) or self.wants_mle:
             raise ValueError(
                 "REBEL's mean is over pairs: its KL goes into the reward (kl_in=reward), mle_weight must be 0"
             )
@@ -50,7 +52,7 @@ class REBEL(RL):
         rewards = self.outcomes(batch)
         if self.pairs == "best_worst":
             best, worst = ops.best_and_worst(rewards, batch.group)
-            kept = torch.stack([best, torch.where(worst == best, best + 1, worst)], dim=1).flatten()
+            kept = torch.stack([best, worst], dim=1).flatten()
             batch, rewards = batch.take(kept), rewards[kept]
         even, odd = (batch.response_ids * batch.mask).view(-1, 2, batch.mask.shape[1]).unbind(1)
         batch.extra["alike"] = (even == odd).all(1).repeat_interleave(2)

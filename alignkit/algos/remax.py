@@ -36,13 +36,13 @@ class ReMax(RL):
         batch = draw(self, policy, rows, generator)
         tau = torch.full((len(rows),), self.temperature)
         greedy = policy.generate(rows, 1, replace(self.decoding, greedy=True, tempered=True), temperature=tau)
-        batch.extra["greedy"] = torch.zeros(len(batch), dtype=torch.bool, device=policy.device)
+        batch.extra["given"] = torch.zeros(len(batch), dtype=torch.bool, device=policy.device)
         greedy.extra |= {k: v.new_ones(len(greedy)) * v[0] for k, v in batch.extra.items() if k not in greedy.extra}
-        greedy.extra["greedy"] = torch.ones(len(greedy), dtype=torch.bool, device=policy.device)
-        return batch.merge(greedy)
+        greedy.extra["given"] = torch.ones(len(greedy), dtype=torch.bool, device=policy.device)
+        return batch.with_(probe_tokens=int(greedy.mask.sum())).merge(greedy)
 
     def credit(self, batch: Batch) -> Batch:
-        rewards, greedy = self.outcomes(batch), batch.extra["greedy"]
+        rewards, greedy = self.outcomes(batch), batch.extra["given"]
         baseline = rewards[greedy].repeat_interleave(self.k)
         batch = batch.take((~greedy).nonzero()[:, 0])
         advantages = rewards[~greedy] - baseline

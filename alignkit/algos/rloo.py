@@ -34,6 +34,8 @@ class RLOO(RL):
         super().__post_init__()
         if self.k < 2 or self.temperature <= 0 or self.clip <= 0:
             raise ValueError("k must be at least 2, temperature and clip above 0")
+        if self.ratio == "sequence" and self.normalize == "tokens":
+            raise ValueError("ratio=sequence has one action a response: normalize cannot be tokens")
         if self.ratio == "none" and self.epochs * self.minibatches > 1:
             raise ValueError("more than one optimizer step a sampling step needs ratio=sequence")
 

@@ -41,7 +41,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
     else:
         run.before = held_out.test(policy, "before")
 
-    steps = run.first_step if algo.over else algo.steps
+    steps = run.first_step if _over(algo, run) else algo.steps
     with run.training(steps):
         for step in range(run.first_step, steps):
             run.seed_globally(step)  # for a reward that draws from torch's own generator
@@ -49,46 +49,48 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
             with run.phase("sample"):
                 prompts = run.draw(rows, algo.rows_per_step, step)
                 batch = algo.sample(policy, prompts, reward, run.generator(step, "sample"))
-            run.count(
-                "samples", len(batch.drawn())
-            )  # what only told how to sample counts in tokens and seconds, not here
+            run.count("samples", len(batch.drawn()))  # dropped and greedy responses count in tokens and seconds alone
             run.count("tokens/sampled", float(batch.drawn().mask.sum()) + batch.probe_tokens)
             with run.phase("score"):
-                batch = credit(algo, policy, reward, start, batch)
+                scored = score(algo, policy, reward, start, batch)
+                batch = algo.credit(scored)
             run.count("tokens/trained", float(batch.mask.sum()) * algo.epochs)
             with run.phase("update"):
-                policy.model.train(model.gradient_checkpointing)  # dropout is off: this only lets layers recompute
+                policy.train(model.gradient_checkpointing)  # dropout is off: this only lets layers recompute
                 for _ in range(algo.epochs):
                     for part in batch.minibatches(algo.minibatches):
                         stats = run.update(
                             optimizer, lambda rows: algo.loss(policy, rows),
                             part.split(algo.micro_tokens), algo.max_grad_norm, step, algo.rates(step),
                         )  # fmt: skip
-                policy.model.eval()
+                policy.train(False)
             every = cfg.run.samples_every
             if every and (step % every == 0 or step + 1 == steps):
                 run.samples(step + 1, batch)
-            metrics = {
-                **_metrics(batch.drawn()),
-                **algo.metrics(batch),
-                **stats,
-                "lr": algo.rates(step)[0],
-                **run.speed(),
-            }
-            nats = algo.adapt(batch)
+            metrics = {**_metrics(scored.drawn(), batch), **algo.metrics(batch), **stats}
+            metrics |= {"lr": algo.rates(step)[0], **run.speed()}
+            coefficient, nats = algo.kl, algo.adapt(scored)
             if nats is not None:
-                metrics |= {"kl": nats, "kl_coefficient": algo.kl}
-            if algo.over:
+                metrics |= {"kl": nats, "kl_coefficient": coefficient}
+            if _over(algo, run):
                 steps = step + 1
-                run.progress.say(f"stopping after step {steps}: the KL, {nats:.3g} nats, is above algo.kl_limit.")
+                run.progress.say(
+                    f"ends after step {steps}: algo.{'kl_limit' if algo.over else 'token_budget'} is passed."
+                )
             run.end_step(step + 1, steps, metrics, policy, optimizer, algo, held_out)
             if step + 1 == steps:
                 break
     return run.finish(policy, steps, held_out)
 
 
-def credit(algo: RL, policy: Policy, reward: Reward, start: Callable[[Batch], Tensor] | None, batch: Batch) -> Batch:
-    """The sampled batch with all that the loss needs: scores, the start model's log-probabilities, values, advantages."""
+def _over(algo: RL, run: Run) -> bool:
+    """Whether the run is at its end before its last step: a limit on the KL or on sampled tokens is passed."""
+    spent = run.ledger.get("tokens/sampled", 0.0)
+    return algo.over or (algo.token_budget is not None and spent >= algo.token_budget)
+
+
+def score(algo: RL, policy: Policy, reward: Reward, start: Callable[[Batch], Tensor] | None, batch: Batch) -> Batch:
+    """The sampled batch with scores, and the start model's log-probabilities and values where the method wants them."""
     scores = reward(batch) if batch.scores is None else batch.scores
     batch = batch.with_(scores=_checked(scores, batch))
     if start is not None:
@@ -98,7 +100,7 @@ def credit(algo: RL, policy: Policy, reward: Reward, start: Callable[[Batch], Te
         with torch.no_grad():
             values = by_parts(batch, algo.micro_tokens, lambda part: critic.values(policy.value_outputs(part)))
         batch = batch.with_(values=values * batch.mask)
-    return algo.credit(batch)
+    return batch
 
 
 def _checked(scores: Tensor, batch: Batch) -> Tensor:
@@ -114,17 +116,17 @@ def _checked(scores: Tensor, batch: Batch) -> Tensor:
         raise UserError(
             f"the reward of row {batch.rows[bad[0]]['id']} is {float(scores[bad[0]])}, response {batch.responses[bad[0]]!r}."
         )
-    return scores.float()
+    return scores.float().to(batch.mask.device)
 
 
-def _metrics(batch: Batch) -> dict[str, float]:
+def _metrics(batch: Batch, credited: Batch) -> dict[str, float]:
     """Reward, its spread, and what shows that something is wrong: dead groups, length, sequences cut off."""
-    assert batch.scores is not None and batch.logprobs is not None and batch.advantages is not None
+    assert batch.scores is not None and batch.logprobs is not None and credited.advantages is not None
     means = group_mean(batch.scores, batch.group)[batch.group_starts()]  # over rows, hard inputs would weigh more
     return {
         "reward": float(means.mean()),
         "reward_std": float(means.std(correction=0)),
-        "zero_advantage": float((batch.advantages.abs().sum(1) == 0).float().mean()),
+        "zero_advantage": float((credited.advantages.abs().sum(1) == 0).float().mean()),
         "length": float(batch.lengths.float().mean()),
         "cut_off": float((~batch.extra["ended"]).float().mean()),
         "nll_sampled": -float((batch.logprobs * batch.mask).sum() / batch.mask.sum()),

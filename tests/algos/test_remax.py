@@ -7,7 +7,7 @@ import torch
 from running import SMALL_RL, SMALL_SEQ2SEQ, lines, train
 
 from alignkit.algos.remax import ReMax
-from alignkit.stages.rl import credit
+from alignkit.stages.rl import score
 
 
 class Fake:
@@ -38,7 +38,7 @@ def credited(make_batch, rows, scores: dict[str, float], n: int, **settings):
         return torch.tensor([scores[text] for text in batch.responses])
 
     batch = algo.sample(fake, rows(n), reward, torch.Generator().manual_seed(0))
-    return credit(algo, fake, reward, None, batch), seen
+    return algo.credit(score(algo, fake, reward, None, batch)), seen
 
 
 def test_card_vector(make_batch, rows):
@@ -89,7 +89,7 @@ def test_kl_of_the_whole_response_in_both_rewards(make_batch, rows):
     the greedy one of 4 pays .4, at a coefficient of 1: 1 - .2 - (1 - .4) = .2."""
     algo, fake = ReMax(kl=1.0), Fake(make_batch)
     batch = algo.sample(fake, rows(1), None, torch.Generator().manual_seed(0))
-    batch = credit(algo, fake, lambda b: torch.ones(len(b)), lambda b: (b.logprobs - 0.1) * b.mask, batch)
+    batch = algo.credit(score(algo, fake, lambda b: torch.ones(len(b)), lambda b: (b.logprobs - 0.1) * b.mask, batch))
     assert batch.advantages[0, 0] == pytest.approx(0.2, abs=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_kl_to_oneself_is_nothing(policy, rows, temperature):
     def start(part):
         return policy.forward(part, part.extra.get("logprob_temperature"))
 
-    batch = credit(algo, policy, lambda b: torch.ones(len(b)), start, batch)
+    batch = algo.credit(score(algo, policy, lambda b: torch.ones(len(b)), start, batch))
     assert len(batch) == 6
     assert batch.advantages.abs().max() < 1e-3
 
@@ -112,7 +112,8 @@ def test_greedy_is_greedy(policy, rows):
     """Near temperature 0 a sample is the greedy response; so with any reward of the text the advantage is 0."""
     algo = ReMax(temperature=1e-4, max_new_tokens=4)
     batch = algo.sample(policy, rows(3), None, torch.Generator().manual_seed(0))
-    batch = credit(algo, policy, lambda b: torch.tensor([float(sum(map(ord, t))) for t in b.responses]), None, batch)
+    reward = lambda b: torch.tensor([float(sum(map(ord, t))) for t in b.responses])  # noqa: E731
+    batch = algo.credit(score(algo, policy, reward, None, batch))
     assert len(batch) == 3
     assert (batch.advantages == 0).all()
 
