@@ -132,7 +132,9 @@ def cell(args: argparse.Namespace, say: Callable[..., None]) -> None:
     backward(generate(2), policy.forward)  # the libraries' own memory is not counted
     policy.model.zero_grad()
     saved.most = 0
-    given = torch.load(args.folder / "batch.pt", weights_only=False) if args.worker == "single-stage" else None
+    given = None
+    if args.worker == "single-stage":
+        given = Batch(**torch.load(args.folder / "batch.pt", weights_only=True))
     idle = idle_mb()
     reset_peak()
     start = time.perf_counter()
@@ -145,9 +147,9 @@ def cell(args: argparse.Namespace, say: Callable[..., None]) -> None:
     seconds, peak = time.perf_counter() - start, status_mb("VmHWM") - idle
     gradient = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
     if args.worker == "two-stages":  # comes first and leaves what the others compare with
-        torch.save(given, args.folder / "batch.pt")
+        torch.save(vars(given), args.folder / "batch.pt")
         torch.save(gradient, args.folder / "gradient.pt")
-    reference = torch.load(args.folder / "gradient.pt")
+    reference = torch.load(args.folder / "gradient.pt", weights_only=True)
     difference = float((gradient - reference).norm() / reference.norm())
     say(saved_mb=saved.most / 2**20, peak_mb=peak, seconds=seconds, gradient_difference=difference)
 
