@@ -99,8 +99,9 @@ class RL:
     needs_reference: ClassVar[bool] = False  # whether the loss itself reads ref_logprobs
 
     def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
-        """Draw responses to the rows of a step; may bring their ``scores``, where it had to ask the reward."""
-        raise NotImplementedError
+        """Draw responses to the rows of a step: ``k`` to each, as most methods have it. May bring their ``scores``, where it
+        had to ask the reward."""
+        return draw(self, policy, rows, generator)
 
     def credit(self, batch: Batch) -> Batch:
         """Turn ``scores`` (B,) into ``advantages`` (B, T)."""

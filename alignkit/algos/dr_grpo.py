@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from alignkit import losses, ops
-from alignkit.algos._rl import RL, draw, spread
+from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch, Loss
-from alignkit.data import Row
-from alignkit.policy import Policy
-from alignkit.rewards import Reward
 
 
 @dataclass(kw_only=True)
@@ -33,9 +29,6 @@ class DrGRPO(RL):
         super().__post_init__()
         if self.k < 2 or self.temperature <= 0 or self.clip <= 0:
             raise ValueError("k must be at least 2; temperature and clip above 0")
-
-    def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
-        return draw(self, policy, rows, generator)
 
     def credit(self, batch: Batch) -> Batch:
         rewards = self.outcomes(batch)

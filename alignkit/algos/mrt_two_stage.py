@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from alignkit import losses, ops
-from alignkit.algos._rl import RL, draw, spread
+from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch, Loss
-from alignkit.data import Row
-from alignkit.policy import Policy
-from alignkit.rewards import Reward
 
 
 @dataclass(kw_only=True)
@@ -36,9 +33,6 @@ class MRTTwoStage(RL):
             raise ValueError("MRT's mean is over inputs: normalize must be groups")
         if self.k < 2 or self.temperature <= 0 or self.alpha <= 0:
             raise ValueError("k must be at least 2; temperature and alpha above 0")
-
-    def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
-        return draw(self, policy, rows, generator)
 
     def credit(self, batch: Batch) -> Batch:
         return spread(ops.centred(self.outcomes(batch), batch.group), batch)

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from alignkit import losses, ops
-from alignkit.algos._rl import RL, draw, spread
+from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch, Loss
-from alignkit.data import Row
-from alignkit.policy import Policy
-from alignkit.rewards import Reward
 
 
 @dataclass(kw_only=True)
@@ -36,9 +33,6 @@ class OnlineDPO(RL):
             raise ValueError("k must be at least 2; temperature and beta above 0")
         if self.wants_penalty or self.wants_mle:
             raise ValueError("online DPO holds to the start model through beta: kl and mle_weight must be 0")
-
-    def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
-        return draw(self, policy, rows, generator)
 
     def credit(self, batch: Batch) -> Batch:
         """Two rows a group, the chosen first; advantages ± half the difference of their rewards."""

@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from alignkit import losses, ops
-from alignkit.algos._rl import RL, draw
+from alignkit.algos._rl import RL
 from alignkit.batch import Batch, Loss
 from alignkit.critic import Critic
-from alignkit.data import Row
-from alignkit.policy import Policy
-from alignkit.rewards import Reward
 
 
 @dataclass(kw_only=True)
@@ -48,9 +44,6 @@ class PPO(RL):
             raise ValueError("k must be at least 1; temperature and clip above 0; gamma and lam within [0, 1]")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError("dual_clip must be above 1, or null")
-
-    def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
-        return draw(self, policy, rows, generator)
 
     def credit(self, batch: Batch) -> Batch:
         assert batch.values is not None

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from alignkit import losses, ops
-from alignkit.algos._rl import RL, draw, spread
+from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch, Loss
-from alignkit.data import Row
-from alignkit.policy import Policy
-from alignkit.rewards import Reward
 
 
 @dataclass(kw_only=True)
@@ -44,9 +41,6 @@ class REBEL(RL):
             raise ValueError(
                 "REBEL's mean is over pairs: its KL goes into the reward (kl_in=reward), mle_weight must be 0"
             )
-
-    def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
-        return draw(self, policy, rows, generator)
 
     def credit(self, batch: Batch) -> Batch:
         rewards = self.outcomes(batch)

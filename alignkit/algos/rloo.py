@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from alignkit import losses, ops
-from alignkit.algos._rl import RL, draw, spread
+from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch, Loss
-from alignkit.data import Row
-from alignkit.policy import Policy
-from alignkit.rewards import Reward
 
 
 @dataclass(kw_only=True)
@@ -38,9 +35,6 @@ class RLOO(RL):
             raise ValueError("ratio=sequence has one action a response: normalize cannot be tokens")
         if self.ratio == "none" and self.epochs * self.minibatches > 1:
             raise ValueError("more than one optimizer step a sampling step needs ratio=sequence")
-
-    def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
-        return draw(self, policy, rows, generator)
 
     def credit(self, batch: Batch) -> Batch:
         rewards = self.outcomes(batch)
