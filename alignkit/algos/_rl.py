@@ -213,6 +213,13 @@ class RL:
 
     # ---- what methods share --------------------------------------------------------------------------------------
 
+    def clipped(self, logprobs: Tensor, batch: Batch, **how: Any) -> Loss:
+        """``losses.clipped`` against the policy that sampled; ``how`` are its keywords (low, high, dual, level)."""
+        assert batch.logprobs is not None and batch.advantages is not None
+        return losses.clipped(
+            logprobs, batch.logprobs, batch.advantages, batch.mask, batch.group, self.normalize, self.max_new_tokens, **how
+        )  # fmt: skip
+
     def shaped(self, batch: Batch) -> Tensor:
         """(B,) scores, cut to the clip, less the penalty of a response without an end."""
         assert batch.scores is not None

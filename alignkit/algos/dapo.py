@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alignkit import losses, ops
+from alignkit import ops
 from alignkit.algos._rl import RL, draw, spread
 from alignkit.batch import Batch, Loss
 from alignkit.data import Row
@@ -83,8 +83,4 @@ class DAPO(RL):
         return spread(ops.centred(rewards, batch.group) / (ops.group_std(rewards, batch.group) + self.eps), batch)
 
     def objective(self, logprobs: Tensor, batch: Batch) -> Loss:
-        assert batch.logprobs is not None and batch.advantages is not None
-        return losses.clipped(
-            logprobs, batch.logprobs, batch.advantages, batch.mask, batch.group, self.normalize, self.max_new_tokens,
-            low=self.clip_low, high=self.clip_high,
-        )  # fmt: skip
+        return self.clipped(logprobs, batch, low=self.clip_low, high=self.clip_high)

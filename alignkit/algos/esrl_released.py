@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from alignkit import losses, ops
+from alignkit import ops
 from alignkit.algos._rl import RL, draw
 from alignkit.batch import Batch, Loss
 from alignkit.critic import Critic
@@ -91,11 +91,7 @@ class ESRLReleased(RL):
         return apart / std if std > 1e-6 else apart  # equal rewards are centred alone
 
     def objective(self, logprobs: Tensor, batch: Batch) -> Loss:
-        assert batch.logprobs is not None and batch.advantages is not None
-        return losses.clipped(
-            logprobs, batch.logprobs, batch.advantages, batch.mask, batch.group, self.normalize, self.max_new_tokens,
-            low=self.clip,
-        )  # fmt: skip
+        return self.clipped(logprobs, batch, low=self.clip)
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "scores": self._scores, "advantages": self._advantages}

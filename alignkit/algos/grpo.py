@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from alignkit import losses, ops
+from alignkit import ops
 from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch, Loss
 
@@ -40,8 +40,4 @@ class GRPO(RL):
         return spread(ops.centred(rewards, batch.group) / (ops.group_std(rewards, batch.group) + self.eps), batch)
 
     def objective(self, logprobs: Tensor, batch: Batch) -> Loss:
-        assert batch.logprobs is not None and batch.advantages is not None
-        return losses.clipped(
-            logprobs, batch.logprobs, batch.advantages, batch.mask, batch.group, self.normalize, self.max_new_tokens,
-            low=self.clip,
-        )  # fmt: skip
+        return self.clipped(logprobs, batch, low=self.clip)

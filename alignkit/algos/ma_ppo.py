@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alignkit import losses, ops
+from alignkit import ops
 from alignkit.algos._rl import RL, draw
 from alignkit.batch import Batch, Loss
 from alignkit.critic import Critic
@@ -85,11 +85,7 @@ class MAPPO(RL):
         return batch.with_(advantages=advantages.gather(1, macro) * mask, returns=returns.gather(1, macro) * mask)
 
     def objective(self, logprobs: Tensor, batch: Batch) -> Loss:
-        assert batch.logprobs is not None and batch.advantages is not None
-        return losses.clipped(
-            logprobs, batch.logprobs, batch.advantages, batch.mask, batch.group, self.normalize, self.max_new_tokens,
-            low=self.clip,
-        )  # fmt: skip
+        return self.clipped(logprobs, batch, low=self.clip)
 
     def metrics(self, batch: Batch) -> dict[str, float]:
         macros = (batch.extra["macro"].masked_fill(~batch.mask, -1).amax(1) + 1).float().mean()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from alignkit import losses, ops
+from alignkit import ops
 from alignkit.algos._rl import RL
 from alignkit.batch import Batch, Loss
 from alignkit.critic import Critic
@@ -53,11 +53,7 @@ class PPO(RL):
         return batch.with_(advantages=advantages, returns=returns)
 
     def objective(self, logprobs: Tensor, batch: Batch) -> Loss:
-        assert batch.logprobs is not None and batch.advantages is not None
-        return losses.clipped(
-            logprobs, batch.logprobs, batch.advantages, batch.mask, batch.group, self.normalize, self.max_new_tokens,
-            low=self.clip, dual=self.dual_clip,
-        )  # fmt: skip
+        return self.clipped(logprobs, batch, low=self.clip, dual=self.dual_clip)
 
     def metrics(self, batch: Batch) -> dict[str, float]:
         return {"explained_variance": ops.explained_variance(batch)}

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alignkit import losses, ops
+from alignkit import ops
 from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch, Loss
 
@@ -46,8 +46,4 @@ class RLOO(RL):
     def objective(self, logprobs: Tensor, batch: Batch) -> Loss:
         if self.ratio == "none":
             return super().objective(logprobs, batch)
-        assert batch.logprobs is not None and batch.advantages is not None
-        return losses.clipped(
-            logprobs, batch.logprobs, batch.advantages, batch.mask, batch.group, self.normalize, self.max_new_tokens,
-            low=self.clip, level="sequence",
-        )  # fmt: skip
+        return self.clipped(logprobs, batch, low=self.clip, level="sequence")
