@@ -39,28 +39,31 @@ def read(path: Path) -> dict[str, Any]:
     return {**merged, **content}
 
 
-def listing() -> str:
-    """Methods by stage, one line each, and presets."""
+def listing(extra: list[Path] = []) -> str:  # noqa: B006
+    """Methods by stage, one line each, presets and the other groups; ``extra``: folders of ``--config-dir``."""
     lines = []
-    methods = {name: read(path) for name, path in options("algo").items()}
+    files = options("algo", extra)
+    methods = {name: read(path) for name, path in files.items()}
     for stage in STAGES:
         here = {n: c for n, c in methods.items() if c.get("stage") == stage}
         if here:
             lines.append(f"{stage}:")
-            lines += [f"  +algo={n:<14} {_idea(c) or _header(options('algo')[n])}" for n, c in here.items()]
+            lines += [f"  +algo={n:<14} {_idea(c) or _header(files[n])}" for n, c in here.items()]
     lines.append("presets:")
-    lines += [f"  +preset={name:<20} {_header(path)}" for name, path in options("preset").items()]
+    lines += [f"  +preset={name:<20} {_header(path)}" for name, path in options("preset", extra).items()]
     for group in ("model", "data", "reward"):
         lines.append(f"{group}:")
-        lines += [f"  {group}={name:<20} {_header(path)}" for name, path in options(group).items()]
+        lines += [f"  {group}={name:<20} {_header(path)}" for name, path in options(group, extra).items()]
     lines += ["", "More of one: alignkit show NAME. Run one: alignkit train +algo=NAME."]
     return "\n".join(lines)
 
 
-def card(name: str) -> str:
+def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
     """A method's card: idea, settings with defaults, example. Presets and other options: their file."""
+    if name == "settings":
+        return _settings()
     for group in ("algo", "preset", "model", "data", "reward"):
-        path = options(group).get(name)
+        path = options(group, extra).get(name)
         if path is None:
             continue
         content = read(path)
@@ -71,11 +74,7 @@ def card(name: str) -> str:
             lines += [path.read_text(encoding="utf-8").rstrip()]
         else:
             lines += [doc_of(target), "", "settings (algo.NAME=VALUE):"]
-            given = {k: v for k, v in content["algo"].items() if k != "_target_"}
-            for setting in (settings_of(target) or {}).values():
-                default = _plain(given[setting.name]) if setting.name in given else setting.default
-                left = f"  {setting.name}: {setting.type} = {default}"
-                lines.append(f"{left:<46} {setting.comment}".rstrip())
+            lines += _lines(content["algo"])
             groups = [e for e in content.get("defaults", []) if isinstance(e, dict)]
             chosen = {k.removeprefix("override /"): v for e in groups for k, v in e.items()}
             lines += ["", "brings: " + ", ".join(f"{k}={v}" for k, v in chosen.items())]
@@ -86,10 +85,36 @@ def card(name: str) -> str:
         )
         if content.get("stage") == "evaluate":
             example = "alignkit evaluate RUN_OR_MODEL"
-        example += "".join(f" {key}=VALUE" for key in _left_open(group, name))
+        example += "".join(f" {key}=VALUE" for key in _left_open(group, name, extra))
         return "\n".join([*lines, "", f"example: {example}"])
-    every = [n for group in ("algo", "preset", "model", "data", "reward") for n in options(group)]
-    raise UserError(f"'{name}' is neither a method nor a preset, model, data set or reward.{suggest(name, every)}")
+    every = [n for group in ("algo", "preset", "model", "data", "reward") for n in options(group, extra)]
+    raise UserError(
+        f"'{name}' is neither a method nor a preset, model, data set or reward.{suggest(name, [*every, 'settings'])}"
+    )
+
+
+def _lines(given: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line a setting of the class that ``given`` names, with the values that it gives; a part's settings follow."""
+    lines = []
+    for setting in (settings_of(given["_target_"]) or {}).values():
+        value = given.get(setting.name)
+        if isinstance(value, dict) and "_target_" in value:
+            lines += _lines(value, f"{prefix}{setting.name}.")
+            continue
+        default = _plain(value) if setting.name in given else setting.default
+        left = f"  {prefix}{setting.name}: {setting.type} = {default}"
+        lines.append(f"{left:<46} {setting.comment}".rstrip())
+    return lines
+
+
+def _settings() -> str:
+    """What every run takes beside its method's settings."""
+    parts = (("model", "Model"), ("model.lora", "Lora"), ("evaluate", "Evaluate"), ("run", "RunSettings"))
+    lines = ["what every run takes; a method's own settings: alignkit show NAME", ""]
+    for name, target in parts:
+        found = _lines({"_target_": f"alignkit.config.{target}"}, f"{name}.")
+        lines += [*(line for line in found if "default_factory" not in line), ""]
+    return "\n".join(lines[:-1])
 
 
 def doctor() -> tuple[str, list[str]]:
@@ -154,19 +179,21 @@ def _tuple(version: str) -> tuple[int, ...]:
     return tuple(int(x) for x in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
-def _left_open(group: str, name: str) -> list[str]:
+def _left_open(group: str, name: str, extra: list[Path]) -> list[str]:
     """Keys that an option, or one that it chooses, leaves to the user."""
-    content = read(options(group)[name])
+    content = read(options(group, extra)[name])
     found = [f"{group}.{key}" for key, value in content.items() if value == "???"]
     for entry in content.get("defaults", []):
         for key, choice in entry.items() if isinstance(entry, dict) else ():
-            found += _left_open(key.removeprefix("override ").lstrip("/"), choice)
+            found += _left_open(key.removeprefix("override ").lstrip("/"), choice, extra)
     return found
 
 
 def _idea(content: dict[str, Any]) -> str:
     target = (content.get("algo") or {}).get("_target_")
-    return doc_of(target).split("\n")[0] if target else ""
+    first = " ".join(doc_of(target).split("\n\n")[0].split()) if target else ""
+    ends = [i for mark in ("; ", ". ") if (i := first.find(mark, 40)) > 0]
+    return first[: min(ends, default=len(first))].rstrip(".") + "." if first else ""
 
 
 def _header(path: Path) -> str:

@@ -17,11 +17,13 @@ USAGE = """alignkit: alignment experiments from one configuration
   alignkit evaluate RUN_OR_MODEL [data=NAME]   decode and score held-out rows
   alignkit list                                methods by stage, presets, models, data, rewards
   alignkit show NAME                           a method's card: idea, settings, example
+  alignkit show settings                       what every run takes: model.*, evaluate.*, run.*
   alignkit doctor                              versions, devices, caches, and what is wrong
 
 `alignkit train +algo=NAME --cfg job` prints the composed configuration; `--help` prints Hydra's flags."""
 
 RECORD = (".hydra", ".lock", "command.txt", "config.yaml", "environment.json", "data.json", "wandb")
+CONFIG_DIR = ("--config-dir", "-cd")
 VERBS = ("train", "evaluate", "list", "show", "doctor")
 
 
@@ -51,13 +53,15 @@ def _dispatch(words: list[str]) -> None:
     elif verb == "list":
         from alignkit.catalog import listing
 
-        print(listing())
+        print(listing(_use_config_dirs(rest)))
     elif verb == "show":
         from alignkit.catalog import card
 
-        if len(rest) != 1:
+        extra = _use_config_dirs(rest)
+        names = [w for i, w in enumerate(rest) if not w.startswith("-") and (not i or rest[i - 1] not in CONFIG_DIR)]
+        if len(names) != 1:
             raise UserError("show: name one method, preset, model, data set or reward, as in `alignkit show esrl`.")
-        print(card(rest[0]))
+        print(card(names[0], extra))
     elif verb == "doctor":
         from alignkit.catalog import doctor
 
@@ -95,10 +99,7 @@ def train(words: list[str]) -> None:
 
     register()
     sys.argv = ["alignkit train", *words]
-    sys.path += [
-        os.getcwd(),
-        *map(str, _config_dirs(words)),
-    ]  # so that a class of the user's, beside the configuration, can be named
+    _use_config_dirs(words)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, instead of printing them and exiting with 1
     started = False
 
@@ -112,6 +113,8 @@ def train(words: list[str]) -> None:
     except (HydraException, OmegaConfBaseException) as e:
         if started:
             raise
+        if "Ambiguous value" in str(e):
+            raise UserError(f"{str(e).splitlines()[0]} Several values are a sweep: alignkit train -m …") from None
         hint = " Quote a value with braces twice: 'data.prompt=\"{column}\"'." if any("{" in w for w in words) else ""
         raise UserError(" ".join(str(x).split("\n")[0] for x in (e, e.__cause__) if x) + hint) from None
 
@@ -145,12 +148,15 @@ def hydra_words(words: list[str]) -> list[str]:
     from alignkit.config import GROUPS, schema_keys
 
     words = [f"+{w}" if w.startswith("preset=") else w for w in words]
-    if not any(w.startswith("+preset=") for w in words):
+    if any(w.startswith("+preset=") for w in words):
+        words = [w.removeprefix("+") if w.startswith("+algo=") else w for w in words]  # a preset has chosen one
+    else:
         words = [f"+{w}" if w.startswith("algo=") else w for w in words]
+    words = [re.sub(r"^\+(model|data|reward)=", r"\1=", w) for w in words]  # these groups have a choice to override
     multirun = [w for w in words if w in ("-m", "--multirun")]  # Hydra's parser wants its flags first
     words = multirun + [w for w in words if w not in multirun]
     words = [re.sub(r"^(model|data|reward)=null$", r"~\1", w) for w in words]
-    extra = _config_dirs(words)
+    extra = _use_config_dirs(words)
     for word in words:
         matched = re.match(r"^[+~]*([\w./@-]+)=(.*)$", word)
         if not matched or word.startswith("-"):
@@ -174,9 +180,19 @@ def hydra_words(words: list[str]) -> list[str]:
     return words
 
 
-def _config_dirs(words: list[str]) -> list[Path]:
-    after = [words[i + 1] for i, w in enumerate(words[:-1]) if w in ("--config-dir", "-cd")]
-    return [Path(w) for w in after + [w.partition("=")[2] for w in words if w.startswith(("--config-dir=", "-cd="))]]
+def _use_config_dirs(words: list[str]) -> list[Path]:
+    """The folders of ``--config-dir``; classes beside their files, and in the working folder, can be named from now on.
+
+    Raises:
+        UserError: no such folder.
+    """
+    found = [words[i + 1] for i, w in enumerate(words[:-1]) if w in CONFIG_DIR]
+    found += [w.partition("=")[2] for w in words if w.startswith(tuple(f"{flag}=" for flag in CONFIG_DIR))]
+    for folder in found:
+        if not Path(folder).is_dir():
+            raise UserError(f"--config-dir {folder}: no such folder.")
+    sys.path += [p for p in (os.getcwd(), *found) if p not in sys.path]
+    return [Path(folder) for folder in found]
 
 
 def evaluate_words(words: list[str]) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,9 @@ class Lora:
     r: int = 0  # rank; 0: all weights are trained
     alpha: int = 16
     dropout: float = 0.0
-    target_modules: Any = None  # null: what peft knows for the architecture; or a list of module names
+    target_modules: Any = (
+        None  # list of module names; null: what peft knows for the architecture, else every linear layer
+    )
 
 
 @dataclass
@@ -100,17 +104,72 @@ def signature(cfg: DictConfig) -> str:
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def same_settings(directory: Path, begun: str, now: str) -> None:
-    """Refuse to go on in a directory of a run with other settings, as a fixed ``run.name`` or ``run.dir`` allows.
+def whole(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration with the defaults of its classes filled in: what ``config.yaml`` keeps of a run."""
+    found: dict[str, Any] = _filled(OmegaConf.to_container(cfg, resolve=True))
+    return found
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_filled(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    filled = {key: _filled(item) for key, item in value.items()}
+    for setting in (settings_of(value["_target_"]) or {}).values() if "_target_" in value else ():
+        if setting.name not in value and setting.default is not None:
+            try:
+                default = ast.literal_eval(setting.default)
+            except ValueError:
+                continue  # not a plain value
+            filled[setting.name] = list(default) if isinstance(default, tuple) else default
+    return filled
+
+
+def same_settings(directory: Path, begun: str, cfg: DictConfig) -> None:
+    """Refuse to go on in a directory of a run with other settings, as a fixed ``run.name`` or ``run.dir`` allows, or a
+    default that has changed since.
+
+    Args:
+        begun: the signature of the run.
 
     Raises:
-        UserError: the signatures differ.
+        UserError: the settings differ; names those that do.
     """
-    if begun != now:
+    file = directory / "config.yaml"
+    before = _flat(OmegaConf.to_container(OmegaConf.load(file)) if file.exists() else {})
+    now = _flat(whole(cfg))
+    names = [n for n in {**before, **now} if before.get(n, "nothing") != now.get(n, "nothing")]
+    names = [n for n in names if n.partition(".")[0] not in ("run", "name", "hydra")]
+    if begun != signature(cfg) or (file.exists() and names):
+        changes = [f"{n}: {before.get(n, 'nothing')} → {now.get(n, 'nothing')}" for n in names[:8]]
         raise UserError(
-            f"{directory} holds a run with other settings (signature {begun}, this command has {now}; compare its "
-            f"config.yaml). Choose another run.name or run.dir, or start anew with run.overwrite=true."
+            f"{directory} holds a run with other settings ({'; '.join(changes) or 'see its config.yaml'}). Choose another "
+            f"run.name or run.dir, or start anew with run.overwrite=true. A new run goes on from this one's weights with "
+            f"model.path={directory}."
         )
+
+
+def same_sources(directory: Path, begun: dict[str, str], now: dict[str, str], cfg: DictConfig) -> None:
+    """Refuse to go on, or to call a run finished, where a file behind it has changed.
+
+    Raises:
+        UserError: one has; names the setting.
+    """
+    for name, digest in begun.items():
+        if now.get(name) != digest:
+            raise UserError(
+                f"{directory} was begun with another {name} ({OmegaConf.select(cfg, name)} has changed since). Restore the "
+                f"file, or start anew with run.overwrite=true."
+            )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {
+        k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
 
 
 def register() -> None:
@@ -177,6 +236,16 @@ def check(cfg: DictConfig) -> None:
     for name in ("run.save_every", "run.keep", "evaluate.batch_size", "evaluate.max_new_tokens", "evaluate.beams"):
         if OmegaConf.select(cfg, name) < 1:
             wrong.append(f"{name}: must be at least 1.")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.model.device):
+        wrong.append(f"model.device: must be auto, cpu, mps, cuda or cuda:N; is '{cfg.model.device}'.")
+    if cfg.run.threads is not None and cfg.run.threads < 1:
+        wrong.append("run.threads: must be at least 1, or null for torch's choice.")
+    if not str(cfg.run.dir).strip():
+        wrong.append("run.dir: must not be empty.")
+    if not cfg.model.lora.r and (cfg.model.lora.alpha != Lora.alpha or cfg.model.lora.target_modules is not None):
+        wrong.append(
+            "model.lora.r: is 0, so all weights are trained; set a rank for the other LoRA settings to matter."
+        )
     for name in ("evaluate.every", "evaluate.bootstrap", "run.samples_every", "model.lora.r"):
         if OmegaConf.select(cfg, name) < 0:
             wrong.append(f"{name}: must not be negative.")
@@ -207,13 +276,19 @@ def check(cfg: DictConfig) -> None:
 def _without_schedules(algo: dict[str, Any], wrong: list[str]) -> dict[str, Any]:
     """The settings with each schedule's start in its place; what is wrong with a schedule is noted."""
     plain = dict(algo)
+    try:
+        settings = settings_of(algo["_target_"]) or {}
+    except (ImportError, AttributeError, SyntaxError, ValueError):
+        settings = {}  # `_walk` says what is wrong
     for key, value in algo.items():
         if not isinstance(value, dict) or "_target_" in value or not {"start", "end"} & set(value):
             continue
         numbers: list[Any] = [value.get("start"), value.get("end")]
         shape, steps = value.get("shape", "linear"), value.get("steps")
         unknown = sorted(set(value) - {"start", "end", "shape", "steps"})
-        if unknown:
+        if key in settings and "float" not in settings[key].type:
+            wrong.append(f"algo.{key}: only floats can have a schedule; this is {settings[key].type}.")
+        elif unknown:
             wrong.append(f"algo.{key}.{unknown[0]}: unknown.{suggest(unknown[0], ('start', 'end', 'shape', 'steps'))}")
         elif not all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers):
             wrong.append(f"algo.{key}: a schedule needs numbers for start and end, is {value!r}.")
@@ -223,7 +298,7 @@ def _without_schedules(algo: dict[str, Any], wrong: list[str]) -> dict[str, Any]
             wrong.append(f"algo.{key}: an exponential schedule needs start and end above 0.")
         elif steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
             wrong.append(f"algo.{key}.steps: must be a number of steps, is {steps!r}.")
-        plain[key] = float(numbers[0]) if isinstance(numbers[0], int | float) else 0.0
+        del plain[key]
     return plain
 
 
@@ -239,7 +314,7 @@ def _walk(value: Any, path: str, wrong: list[str]) -> None:
             return
         try:
             settings = settings_of(value["_target_"])
-        except (ImportError, AttributeError) as e:
+        except (ImportError, AttributeError, SyntaxError) as e:
             wrong.append(f"{path}._target_: {e}")
             return
         if settings is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alignkit import losses, ops
 from alignkit.batch import Batch
+from alignkit.errors import need
 
 
 @dataclass(kw_only=True)
@@ -33,10 +34,9 @@ class Critic:
     ratio: float = 0.75  # hl_gauss: deviation of the Gaussian, in bins
 
     def __post_init__(self) -> None:
-        if self.lr < 0 or self.weight < 0 or (self.clip is not None and self.clip <= 0):
-            raise ValueError("critic: lr and weight must not be negative; clip must be above 0, or null")
-        if self.bins < 2 or self.low >= self.high or self.ratio <= 0:
-            raise ValueError("critic: bins must be at least 2, low below high, ratio above 0")
+        need(self, "lr >= 0", "weight >= 0", "clip > 0", "bins >= 2", "ratio > 0", where="critic.")
+        if self.low >= self.high:
+            raise ValueError(f"critic.low ({self.low}) must be below critic.high ({self.high})")
 
     @property
     def edges(self) -> Tensor:

@@ -76,7 +76,8 @@ def decode(
     tau = None if temperature is None or bool((temperature == 1).all()) else temperature.to(device)[owner, None]
 
     state = _Encoded(model, prompt_ids, prompt_mask, start) if start else _Prompted(model, prompt_ids, prompt_mask)
-    _write_in_place(state.cache, torch.float32 if wide_attention(model) else None)
+    length = (len(start) or prompt_ids.shape[1]) + steps - 1  # the last token is not read again
+    _write_in_place(state.cache, length, torch.float32 if wide_attention(model) else None)
     logits = state.first()[owner]
     state.select(owner)
 
@@ -195,8 +196,9 @@ class _InPlace(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, window: int | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, length: int | None = None, window: int | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        self.length = length  # positions there will be; None: those of the first call, as in cross-attention
         self.held = dtype  # of the buffers; None: of what is written
         self.is_sliding = window is not None
         self.kept = sys.maxsize if window is None else window - 1  # past positions that a new token may look at
@@ -208,8 +210,12 @@ class _InPlace(DynamicLayer):
         """Write the new keys and values (R, H, N, D); return the past that counts and them, (R, H, past + N, D)."""
         states = (key_states, value_states)
         past, new = min(self.seen, self.kept), key_states.shape[-2]
-        if not self.buffers or self.end + new > self.buffers[0].shape[-2]:
-            self._grow(states, past, past + new)
+        if not self.buffers:  # no room to spare: prompts are yet to be repeated
+            self.buffers = [s.new_empty(s.shape, dtype=self.held or s.dtype) for s in states]
+            self.is_initialized = True
+        elif self.end + new > self.buffers[0].shape[-2]:
+            self._view(len(key_states), past)
+            self._move(None, past, self._room(past + new, new))
         self.seen, self.end = self.seen + new, self.end + new
         for buffer, state in zip(self.buffers, states, strict=True):
             buffer[: len(state), :, self.end - new : self.end] = state
@@ -222,7 +228,7 @@ class _InPlace(DynamicLayer):
             return
         rows, length = len(beam_idx), self.keys.shape[-2]
         if rows > len(self.keys):
-            self.buffers = [buffer.index_select(0, beam_idx) for buffer in self.buffers]
+            self._move(beam_idx, length, self._room(length))
         else:
             moved = (beam_idx != torch.arange(rows, device=beam_idx.device)).nonzero().flatten()
             for held in (self.keys, self.values):
@@ -236,34 +242,38 @@ class _InPlace(DynamicLayer):
         past = min(self.seen, self.kept)
         return past + query_length, self.seen - past
 
-    def _grow(self, states: tuple[Tensor, Tensor], past: int, length: int) -> None:
-        # the first call gets no room to spare: prompts are yet to be repeated, and cross-attention never grows
-        room = length + (max(16, length // 2) if self.seen else 0)
-        old, self.buffers = (
-            self.buffers,
-            [s.new_empty(*s.shape[:2], room, s.shape[-1], dtype=self.held or s.dtype) for s in states],
-        )
-        for buffer, held in zip(self.buffers, old, strict=False):
-            buffer[:, :, :past] = held[: len(buffer), :, self.end - past : self.end]
-        self.end, self.is_initialized = past, True
+    def _room(self, length: int, new: int = 0) -> int:
+        """Positions of new buffers that hold ``length`` with the ``new``: half as many again, but no more than there will be."""
+        spare = 0 if self.length is None else max(0, self.length - self.seen - new)
+        return length + min(spare, max(16, length // 2))
+
+    def _move(self, rows: Tensor | None, past: int, room: int) -> None:
+        """Copy what is held, of these rows, to the beginning of new buffers."""
+        old = (self.keys, self.values)
+        for i, held in enumerate(old):
+            many = len(held) if rows is None else len(rows)
+            new = held.new_empty(many, held.shape[1], room, held.shape[-1])
+            new[:, :, :past] = held if rows is None else held.index_select(0, rows)
+            self.buffers[i] = new
+        self.end = past
 
     def _view(self, rows: int, length: int) -> None:
         self.keys, self.values = (buffer[:rows, :, self.end - length : self.end] for buffer in self.buffers)
 
 
-def _write_in_place(cache: Any, dtype: torch.dtype | None) -> None:
+def _write_in_place(cache: Any, length: int | None, dtype: torch.dtype | None) -> None:
     """Exchange the attention layers of an empty cache for such that write in place; other kinds stay as they are."""
     if isinstance(cache, EncoderDecoderCache):
-        _write_in_place(cache.self_attention_cache, dtype)
-        _write_in_place(cache.cross_attention_cache, dtype)
+        _write_in_place(cache.self_attention_cache, length, dtype)
+        _write_in_place(cache.cross_attention_cache, None, dtype)
         return
     if cache.layer_class_to_replicate is DynamicLayer:  # made without a config: layers come with the first pass
-        cache.layer_class_to_replicate = partial(_InPlace, dtype=dtype)
+        cache.layer_class_to_replicate = partial(_InPlace, length, dtype=dtype)
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[i] = _InPlace(None, dtype)
+            cache.layers[i] = _InPlace(length, None, dtype)
         elif type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[i] = _InPlace(layer.sliding_window, dtype)
+            cache.layers[i] = _InPlace(length, layer.sliding_window, dtype)
 
 
 class _Prompted:

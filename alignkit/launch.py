@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from alignkit.config import check, same_settings, signature
+from alignkit.config import check, same_settings, same_sources
 from alignkit.data import Data, overlap
 from alignkit.errors import UserError
+from alignkit.signature import file_of
 
 
 def launch(cfg: DictConfig) -> dict[str, Any]:
@@ -60,10 +62,14 @@ def locked(directory: Path) -> Iterator[None]:
     """Keep a second process out of a run directory; the system lets go of the lock with the process.
 
     Raises:
-        UserError: another process works there.
+        UserError: another process works there, or it cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "a") as file:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / ".lock", "a")  # noqa: SIM115
+    except OSError as e:
+        raise UserError(f"{directory} cannot be written ({e.strerror}). Choose another run.root or run.dir.") from None
+    with lock as file:
         try:
             import fcntl
 
@@ -81,7 +87,7 @@ def _run(cfg: DictConfig, data: Data) -> dict[str, Any]:
     record: dict[str, Any] = {
         "sources": {split: getattr(data, split) for split in wanted},
         "rows": {split: len(found) for split, found in rows.items()},
-        "sha256": data.fingerprint(wanted),
+        "sha256": fingerprint(cfg, data, wanted),
     }
     if "train" in rows:
         record["overlap"] = {split: overlap(rows["train"], rows[split]) for split in ("dev", "test") if rows[split]}
@@ -113,21 +119,34 @@ def _run(cfg: DictConfig, data: Data) -> dict[str, Any]:
     return result
 
 
+def fingerprint(cfg: DictConfig, data: Data, splits: tuple[str, ...] = ("train", "dev", "test")) -> dict[str, str]:
+    """Setting → SHA-256 of what it names: the data files, and the files of classes that are not alignkit's."""
+    found = {f"data.{split}": digest for split, digest in data.fingerprint(splits).items()}
+    for name in ("data", "reward", "algo"):
+        for path, target in _targets(OmegaConf.to_container(cfg[name]), name):
+            file = None if target.startswith("alignkit.") else file_of(target)
+            if file is not None:
+                found[path] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+def _targets(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if key == "_target_":
+            yield f"{path}._target_", item
+        yield from _targets(item, f"{path}.{key}")
+
+
 def _finished(cfg: DictConfig, directory: Path, data: Data | None) -> dict[str, Any] | None:
     """The result of a finished run of this very configuration on these very data, if there is one."""
     file = directory / "result.json"
     if not file.exists() or cfg.stage == "evaluate":
         return None
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    same_settings(directory, result["signature"], signature(cfg))
+    same_settings(directory, result["signature"], cfg)
     if data is not None:
-        record = json.loads((directory / "data.json").read_text(encoding="utf-8"))
-        for split, digest in data.fingerprint().items():
-            if record["sha256"].get(split) != digest:
-                raise UserError(
-                    f"{directory} is finished, but data.{split} ({getattr(data, split)}) has changed since. Restore the "
-                    f"file, or start anew with run.overwrite=true."
-                )
+        record = json.loads((directory / "data.json").read_text(encoding="utf-8"))["sha256"]
+        same_sources(directory, {k: v for k, v in record.items() if v}, fingerprint(cfg, data), cfg)
     return result
 
 
@@ -139,6 +158,8 @@ def _build(node: DictConfig, name: str) -> Any:
         cause = e.__cause__ or e
         if isinstance(cause, (ValueError, TypeError, UserError)):
             raise UserError(f"{name}: {cause}") from None
+        if isinstance(cause, (ImportError, AttributeError, NameError)):
+            raise UserError(f"{name}: {node.get('_target_')} cannot be imported ({cause}).") from None
         raise
 
 

@@ -372,6 +372,8 @@ def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None =
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"model.device={device}: torch {torch.__version__} sees no GPU here. Use auto, or cpu.")
     dtype = getattr(torch, cfg.dtype)
     if checkpoint and not cfg.lora.r:
         model, tokenizer = _pretrained(str(checkpoint), cfg, dtype)
@@ -393,7 +395,7 @@ def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None =
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora.r:
-        model = _with_lora(model, cfg.lora, checkpoint)
+        model = _with_lora(model, cfg.lora, checkpoint, seed)
     compute = torch.bfloat16 if cfg.compute == "bfloat16" else dtype
     policy = Policy(model.to(device).eval(), tokenizer, compute)
     for found in policy.lint():
@@ -429,6 +431,10 @@ def resolve(path: str) -> str:
             (p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()),
             key=lambda p: int(p.name.rpartition("-")[2]),
         )
+        if (folder / "adapter_config.json").exists():
+            raise UserError(
+                f"model.path={path}: holds a LoRA adapter alone. Name the run: its final/ is a whole model."
+            )
         if not saved:
             raise UserError(f"model.path={path}: neither a model (config.json) nor a run with final/ or checkpoint-N/.")
         folder = saved[-1]
@@ -522,12 +528,21 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
 
 
-def _with_lora(model: Any, lora: Lora, checkpoint: Path | None) -> Any:
+def _with_lora(model: Any, lora: Lora, checkpoint: Path | None, seed: int) -> Any:
+    """The model with adapters: of the checkpoint, or new ones drawn from ``seed``.
+
+    Raises:
+        UserError: ``target_modules`` names none of the model's layers.
+    """
     from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     if checkpoint:
         return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
     targets = lora.target_modules
+    if targets is None and model.config.model_type not in KNOWN:
+        targets = "all-linear"
+    torch.manual_seed(seed)
     try:
         return get_peft_model(
             model,
@@ -540,7 +555,11 @@ def _with_lora(model: Any, lora: Lora, checkpoint: Path | None) -> Any:
             ),
         )
     except ValueError as e:
-        raise UserError(f"model.lora: {e} Set model.lora.target_modules.") from None
+        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        raise UserError(
+            f"model.lora: {str(e).split(chr(10))[0]} Set model.lora.target_modules; linear layers are: "
+            f"{', '.join(sorted(linear))}."
+        ) from None
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -45,10 +45,10 @@ class Progress:
         """Update the bar; keys that hold ``dev/`` values stay until the next ones."""
         self._sticky.update({k: v for k, v in metrics.items() if k.startswith("dev/")})
         shown = {k: v for k, v in metrics.items() if k in SHOWN} | {k: v for k, v in self._sticky.items() if k in SHOWN}
-        numbers = " ".join(f"{SHOWN[k]} {_short(v)}" for k, v in shown.items())
+        numbers = " ".join(f"{SHOWN[k]} {_short(k, v)}" for k, v in shown.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
-        elif time.monotonic() - self._last > QUIET_EVERY or step == self.steps:
+        elif step and (time.monotonic() - self._last > QUIET_EVERY or step == self.steps):
             self._last = time.monotonic()
             print(f"{self.title} {step}/{self.steps} {numbers}", file=sys.stderr, flush=True)
 
@@ -69,15 +69,16 @@ SHOWN = {  # metric → its short name on the bar
     "loss": "loss",
     "reward": "reward",
     "k": "k",
-    "dev/bleu": "BLEU",
-    "dev/exact_match": "EM",
-    "dev/nll": "nll",
+    "dev/bleu": "dev BLEU",
+    "dev/exact_match": "dev EM",
+    "dev/nll": "dev nll",
     "tokens_per_second": "tok/s",
-    "share/sample": "sample",
-    "share/score": "score",
-    "share/update": "update",
+    "share/sample": "sampling",
+    "share/update": "updating",
 }
 
 
-def _short(value: float) -> str:
+def _short(name: str, value: float) -> str:
+    if name.startswith("share/"):
+        return f"{value:.0%}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

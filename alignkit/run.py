@@ -26,7 +26,7 @@ from safetensors.torch import save_model
 
 from alignkit import __version__
 from alignkit.batch import Batch, Loss
-from alignkit.config import same_settings, signature
+from alignkit.config import same_settings, same_sources, signature, whole
 from alignkit.data import Row
 from alignkit.errors import Stopped, UserError
 from alignkit.files import write_atomically
@@ -52,6 +52,7 @@ class Run:
         self.before: dict[str, Any] | None = None  # evaluation before training
         self.state: dict[str, Any] = {}  # of the checkpoint that is resumed
         self.stop_asked = False
+        self.ended_by = "algo.steps"  # the setting that set the end
         self._seen: dict[str, float] = {}  # the ledger when `speed` was last asked
         self._order: tuple[int, int, list[int]] = (-1, -1, [])
         _keep_freed_memory()
@@ -135,6 +136,16 @@ class Run:
                 signal.signal(s, handler)
             self.progress.close()
 
+    def begin(self, policy: Any, optimizer: Any, algo: Any, held_out: Any) -> None:
+        """What comes before the first step: the test rows, and dev, where the start may turn out to be the best."""
+        self.before = held_out.test(policy, "before")
+        dev = held_out.dev(policy) if self.cfg.evaluate.every else {}
+        if dev:
+            self._improved(0, held_out.selected(dev))
+            self.log(0, dev)
+            self.progress.say("before: " + " ".join(f"{k} {v:.4g}" for k, v in dev.items()))
+            self.save(0, policy, optimizer, algo.state())
+
     def end_step(
         self, done: int, steps: int, metrics: dict[str, float], policy: Any, optimizer: Any, algo: Any, held_out: Any
     ) -> None:
@@ -174,7 +185,6 @@ class Run:
         """
         total, count = 0.0, 0.0
         metrics: dict[str, float] = {}
-        optimizer.zero_grad(set_to_none=True)
         for part in parts:
             one = loss(part)
             one.total.backward()
@@ -201,6 +211,7 @@ class Run:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # now: the next sampling has a use for the memory
         return {"loss": total / count, "grad_norm": norm, **{k: v / count for k, v in metrics.items()}}
 
     # ---- the ledger ----------------------------------------------------------------------------------------
@@ -343,6 +354,7 @@ class Run:
             "weights_sha256": weights,
             "evaluation": {"before": self.before, "after": after},
             "steps": steps,
+            "ended_by": self.ended_by,
             "best": self.best,
             "samples": int(self.ledger.get("samples", 0)),
             "tokens": {k.removeprefix("tokens/"): int(v) for k, v in self.ledger.items() if k.startswith("tokens/")},
@@ -368,13 +380,8 @@ class Run:
     def _read_state(self, fingerprint: dict[str, str]) -> None:
         assert self.checkpoint is not None
         self.state = json.loads((self.checkpoint / "state" / "run.json").read_text(encoding="utf-8"))
-        same_settings(self.dir, self.state["signature"], signature(self.cfg))
-        for split, digest in self.state["fingerprint"].items():
-            if fingerprint.get(split) != digest:
-                raise UserError(
-                    f"{self.dir} was begun with another data.{split} ({self.cfg.data[split]} has changed since). "
-                    f"Restore the file, or start anew with run.overwrite=true."
-                )
+        same_settings(self.dir, self.state["signature"], self.cfg)
+        same_sources(self.dir, self.state["fingerprint"], fingerprint, self.cfg)
         self.ledger, self.best, self.before = self.state["ledger"], self.state["best"], self.state["before"]
 
     def _drop_later_steps(self) -> None:
@@ -396,8 +403,7 @@ class Run:
             f.write(line + "\n")
         for stale in self.dir.glob("*.partial"):
             shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink()
-        config = OmegaConf.to_yaml(OmegaConf.create(OmegaConf.to_container(self.cfg, resolve=True)))
-        write_atomically(self.dir / "config.yaml", config)
+        write_atomically(self.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(whole(self.cfg))))
         environment = environment_record()
         threads = self.state.get("threads")
         if threads is not None and threads != environment["threads"]:
@@ -473,7 +479,7 @@ def model_card(cfg: DictConfig, result: dict[str, Any]) -> str:
     for split, metrics in after.items():
         values = ", ".join(f"{k} {v['value']:.4g}" for k, v in metrics.items() if isinstance(v, dict))
         lines.append(f"- {split}: {values}")
-    lines += ["", "```yaml", OmegaConf.to_yaml(cfg, resolve=True), "```", ""]
+    lines += ["", "```yaml", OmegaConf.to_yaml(OmegaConf.create(whole(cfg))), "```", ""]
     return "\n".join(lines)
 
 

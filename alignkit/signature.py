@@ -61,6 +61,12 @@ def settings_of(target: str) -> dict[str, Setting] | None:
     return _imported(module, name)
 
 
+def file_of(target: str) -> Path | None:
+    """The Python file of the module that a dotted path names; None where there is none, as for compiled ones."""
+    origin = _spec(target.rpartition(".")[0]).origin
+    return Path(origin) if origin and origin.endswith(".py") else None
+
+
 def doc_of(target: str) -> str:
     """Docstring of the class at a dotted path."""
     module, _, name = target.rpartition(".")
@@ -149,10 +155,14 @@ def _class(module: str, name: str) -> Source | None:
     else:
         for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                if ast.unparse(item.annotation).startswith("ClassVar"):
+                    continue
                 written = lines[
                     item.lineno - 1 : item.end_lineno
                 ]  # a long setting has its comment on a line of its own
                 comment = next((c for line in written if (c := _comment(line))), "")
+                if not comment and item.target.id in settings:
+                    comment = settings[item.target.id].comment  # another default, the same setting
                 settings[item.target.id] = Setting(
                     item.target.id,
                     ast.unparse(item.annotation),

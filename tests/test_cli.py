@@ -147,7 +147,14 @@ def test_the_card_of_a_method(name: str) -> None:
     lines = catalog.card(name).split("\n")
     assert lines[0] == f"{name}  (algo, stage {composed([f'+algo={name}']).stage})"
     assert lines[2] == (cls.__doc__ or "").split("\n")[0]
+    parts = {k: v for k, v in given["algo"].items() if isinstance(v, dict)}
+    for part, settings in parts.items():
+        for field in dataclasses.fields(get_class(settings["_target_"])):
+            line = next(x for x in lines if x.startswith(f"  {part}.{field.name}: "))
+            assert f" = {settings.get(field.name, field.default)!r}" in line
     for field in dataclasses.fields(cls):
+        if field.name in parts:
+            continue
         line = next(x for x in lines if x.startswith(f"  {field.name}: "))
         default = given["algo"].get(field.name, field.default)
         assert default is dataclasses.MISSING or f" = {default!r}" in line

@@ -339,8 +339,25 @@ def test_lora_generates_what_transformers_generates(kind, rows):
         assert ids[mask].tolist() == (found[: found.index(EOS) + 1] if EOS in found else found)
 
 
-def test_lora_on_an_architecture_without_default_targets_says_what_to_set():
-    refused("target_modules", scratch("m2m_100", lora=Lora(r=8)))
+def test_lora_on_an_architecture_that_peft_does_not_know_takes_every_linear_layer():
+    names = {n for n, p in load(scratch("m2m_100", lora=Lora(r=8)), 0).model.named_parameters() if p.requires_grad}
+    assert {n.split(".")[-4] for n in names} == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+
+
+def test_lora_on_layers_that_are_not_there_names_those_that_are():
+    refused("fc1, fc2, k_proj", scratch("m2m_100", lora=Lora(r=8, target_modules=["query"])))
+
+
+def test_adapters_are_drawn_from_the_seed():
+    """... and not from where torch's own generator happens to stand."""
+
+    def drawn(seed: int) -> torch.Tensor:
+        torch.rand(3)
+        model = load(scratch("llama", lora=Lora(r=2)), seed).model
+        return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "lora_A" in n])
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
 
 
 # ---- special tokens

@@ -43,7 +43,7 @@ def test_the_directory_holds_the_record(tmp_path: Path) -> None:
     assert result["evaluation"]["before"]["test"]["bleu"]["n"] == 12
     assert set(result["evaluation"]["after"]) == {"test", "difference"}
     metrics = lines(run / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4, 5, 6]  # dev before the first step too
     for phase in ("sample", "score", "update"):
         assert metrics[-1][f"seconds/{phase}"] > 0
         assert metrics[-1][f"peak_mb/{phase}"] > 0

@@ -13,26 +13,24 @@ from alignkit import losses, ops
 from alignkit.batch import Batch, Loss
 from alignkit.data import Row
 from alignkit.decode import Decode
+from alignkit.errors import need, need_adamw
 from alignkit.policy import Policy
 from alignkit.rewards import Reward
-
-MAY_BE_ZERO = ("lr", "floor", "weight_decay", "mle_weight", "missing_eos_penalty", "kl")  # in a schedule
 
 
 @dataclass(kw_only=True)
 class RL:
     """Settings of the RL loop and of its optimizer.
 
-    Any float can be a schedule: ``algo.kl={start: 0.1, end: 0.01, shape: exponential, steps: 50}``.
+    Any float can be a schedule, as ``algo.kl={start: 0.1, end: 0.01, shape: exponential, steps: 50}``; shapes are
+    linear, cosine and exponential; without steps it lasts as long as the run.
     """
 
     steps: int = 100  # sampling steps
     token_budget: int | None = None  # end the run once this many tokens were sampled, dropped and greedy ones included
     prompts_per_step: int = 32  # inputs a step
     max_new_tokens: int = 64  # longest response that is sampled
-    epochs: int = (
-        1  # passes over the samples of a step; more than 1 is off-policy: only methods with a ratio correct for it
-    )
+    epochs: int = 1  # passes over the samples of a step; methods without a ratio take later ones for on-policy
     minibatches: int = 1  # optimizer steps a pass
     micro_tokens: int = 4096  # tokens of a micro-batch, a prompt counted once: memory and speed, never the result
     lr: float = 1e-5  # peak learning rate of AdamW
@@ -52,7 +50,7 @@ class RL:
     kl_in: Literal["reward", "loss"] = "reward"  # where the KL goes
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_target: float | None = None  # nats a response that `kl` is adapted towards; null: `kl` stays
-    kl_horizon: int = 10000  # samples over which it adapts
+    kl_horizon: int = 10000  # samples in which the controller changes `kl` by 20 % at most
     kl_limit: float | None = None  # end the run once the KL, in nats a response, is above
 
     def __post_init__(self) -> None:
@@ -61,31 +59,17 @@ class RL:
         for name, spec in self._schedules.items():
             if not {"start", "end"} <= set(spec) or (spec.get("steps") or 1) < 1:
                 raise ValueError(f"{name}: a schedule needs start and end, and steps of at least 1 where given")
-            if min(spec["start"], spec["end"]) < (0 if name in MAY_BE_ZERO else 1e-12):
-                raise ValueError(f"{name}: start and end of its schedule are too small")
-            if spec.get("shape") == "exponential" and (min(spec["start"], spec["end"]) <= 0):
+            if spec.get("shape") == "exponential" and min(spec["start"], spec["end"]) <= 0:
                 raise ValueError(f"{name}: an exponential schedule needs start and end above 0")
         self.at(0)
-        for name in (
-            "steps", "prompts_per_step", "max_new_tokens", "epochs", "minibatches", "micro_tokens", "kl_horizon",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, is {getattr(self, name)}")
-        if self.max_grad_norm < 0:
-            raise ValueError("max_grad_norm must not be negative; 0 turns clipping off")
+        need_adamw(self)
+        need(self, "steps >= 1", "prompts_per_step >= 1", "max_new_tokens >= 1", "epochs >= 1", "minibatches >= 1")
+        need(self, "micro_tokens >= 1", "token_budget >= 1", "top_k >= 0", "top_p > 0", "top_p <= 1", "mle_weight >= 0")
+        need(self, "reward_clip > 0", "missing_eos_penalty >= 0", "kl >= 0", "kl_horizon >= 1", "kl_limit > 0")
         if self.minibatches > self.prompts_per_step:
             raise ValueError(
                 f"minibatches ({self.minibatches}) cannot be more than prompts_per_step ({self.prompts_per_step})"
             )
-        for name in ("lr", "mle_weight", "top_k", "kl", "missing_eos_penalty"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative")
-        if self.reward_clip is not None and self.reward_clip <= 0:
-            raise ValueError("reward_clip must be above 0, or null")
-        if not 0 < self.top_p <= 1:
-            raise ValueError("top_p lies in (0, 1]")
-        if self.token_budget is not None and self.token_budget < 1:
-            raise ValueError("token_budget must be at least 1, or null")
         if self.kl_in == "loss" and self.kl_estimator == "k1" and self.wants_penalty:
             raise ValueError("kl_in=loss needs kl_estimator=k2 or k3: as a loss, k1 has no expected gradient")
         if self.wants_mle and self.normalize != "groups":
@@ -105,7 +89,9 @@ class RL:
 
     def credit(self, batch: Batch) -> Batch:
         """Turn ``scores`` (B,) into ``advantages`` (B, T)."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} must define credit(batch), which turns scores into advantages"
+        )
 
     def objective(self, logprobs: Tensor, batch: Batch) -> Loss:
         """The method's loss of current log-probabilities (B, T); here the policy gradient."""

@@ -12,8 +12,9 @@ from alignkit import ops
 from alignkit.algos._rl import RL, draw, spread
 from alignkit.batch import Batch, Loss
 from alignkit.data import Row
+from alignkit.errors import need
 from alignkit.policy import Policy
-from alignkit.rewards import Reward
+from alignkit.rewards import Reward, scores_of
 
 
 @dataclass(kw_only=True)
@@ -37,10 +38,18 @@ class DAPO(RL):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 2 or min(self.temperature, self.clip_low, self.clip_high, self.eps) <= 0:
-            raise ValueError("k must be at least 2; temperature, clip_low, clip_high and eps above 0")
-        if self.refills < 0 or not 0 <= self.overlong < self.max_new_tokens:
-            raise ValueError("refills must not be negative; overlong lies between 0 and max_new_tokens")
+        need(
+            self,
+            "k >= 2",
+            "temperature > 0",
+            "clip_low > 0",
+            "clip_high > 0",
+            "eps > 0",
+            "refills >= 0",
+            "overlong >= 0",
+        )
+        if self.overlong >= self.max_new_tokens:
+            raise ValueError(f"overlong ({self.overlong}) must be below max_new_tokens ({self.max_new_tokens})")
 
     @property
     def rows_per_step(self) -> int:
@@ -52,9 +61,9 @@ class DAPO(RL):
         live: list[tuple[int, int]] = []  # (draw, group) with unequal rewards
         for first in range(0, len(rows), self.prompts_per_step):
             batch = draw(self, policy, rows[first : first + self.prompts_per_step], generator)
-            scores = reward(batch).float().to(batch.mask.device)
+            scores = scores_of(reward, batch)
             batch = batch.with_(scores=scores)
-            uneven = ops.group_std(scores, batch.group)[batch.group_starts()] != 0  # NaN is for the stage to refuse
+            uneven = ops.group_std(scores, batch.group)[batch.group_starts()] != 0
             live += [(len(drawn), g) for g in uneven.nonzero().flatten().tolist()]
             drawn.append(batch)
             if not self.refills or len(live) >= self.prompts_per_step:

@@ -12,8 +12,9 @@ from alignkit import ops
 from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch
 from alignkit.data import Row
+from alignkit.errors import need
 from alignkit.policy import Policy
-from alignkit.rewards import Reward
+from alignkit.rewards import Reward, scores_of
 
 
 @dataclass(kw_only=True)
@@ -43,14 +44,12 @@ class ESRL(RL):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.k_min <= self.k_max:
-            raise ValueError(f"k_min ({self.k_min}) must be at least 1 and at most k_max ({self.k_max})")
-        if not 0 < self.tau_min <= self.tau_max:
-            raise ValueError(f"tau_min ({self.tau_min}) must be above 0 and at most tau_max ({self.tau_max})")
+        need(self, "k_min >= 1", "tau_min > 0", "reward_max > 0", "queue >= 1")
+        for low, high in (("k_min", "k_max"), ("tau_min", "tau_max")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{low} ({getattr(self, low)}) must be at most {high} ({getattr(self, high)})")
         if self.baseline == "leave_one_out" and self.k_min < 2:
             raise ValueError("baseline=leave_one_out needs k_min ≥ 2: one sample has advantage 0")
-        if self.reward_max <= 0 or self.queue < 1:
-            raise ValueError("reward_max must be above 0, queue at least 1")
         if self.standardize and self.baseline != "fifo":
             raise ValueError("standardize needs baseline=fifo, whose queue it measures")
         self._queue: list[float] = []
@@ -79,7 +78,7 @@ class ESRL(RL):
         greedy = policy.generate(rows, 1, how)
         tokens = int(greedy.mask.sum())
         if self.capability == "metric":
-            return (reward(greedy).cpu() / self.reward_max).clamp(0, 1), tokens
+            return (scores_of(reward, greedy).cpu() / self.reward_max).clamp(0, 1), tokens
         if self.capability == "max_prob":
             assert greedy.logprobs is not None
             return ops.masked_mean(greedy.logprobs.exp(), greedy.mask).cpu(), tokens

@@ -14,6 +14,7 @@ from alignkit.batch import Batch, Loss
 from alignkit.critic import Critic
 from alignkit.data import Row
 from alignkit.decode import Decode
+from alignkit.errors import need
 from alignkit.policy import Policy
 from alignkit.rewards import Reward
 
@@ -50,12 +51,8 @@ class ESRLReleased(RL):
         super().__post_init__()
         if not isinstance(self.critic, Critic):
             raise ValueError("critic must be given: critic._target_=alignkit.critic.Critic")
-        if self.k < 1 or self.temperature <= 0 or self.clip <= 0 or not 0 <= self.drop < 1 or self.queue < 0:
-            raise ValueError(
-                "k must be at least 1; temperature and clip above 0; drop lies in [0, 1); queue not below 0"
-            )
-        if not 0 <= self.gamma <= 1 or not 0 <= self.lam <= 1:
-            raise ValueError("gamma and lam lie within [0, 1]")
+        need(self, "k >= 1", "temperature > 0", "clip > 0", "drop >= 0", "drop < 1", "queue >= 0")
+        need(self, "gamma >= 0", "gamma <= 1", "lam >= 0", "lam <= 1")
         self._scores: list[float] = []
         self._advantages: list[float] = []
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from alignkit import ops
 from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch, Loss
+from alignkit.errors import need
 
 
 @dataclass(kw_only=True)
@@ -32,8 +33,7 @@ class GRPO(RL):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 2 or self.temperature <= 0 or self.clip <= 0 or self.eps <= 0:
-            raise ValueError("k must be at least 2; temperature, clip and eps above 0")
+        need(self, "k >= 2", "temperature > 0", "clip > 0", "eps > 0")
 
     def credit(self, batch: Batch) -> Batch:
         rewards = self.outcomes(batch)

@@ -13,6 +13,7 @@ from alignkit.algos._rl import RL, draw
 from alignkit.batch import Batch, Loss
 from alignkit.critic import Critic
 from alignkit.data import Row
+from alignkit.errors import need
 from alignkit.policy import Policy
 from alignkit.rewards import Reward
 
@@ -49,10 +50,8 @@ class MAPPO(RL):
         super().__post_init__()
         if not isinstance(self.critic, Critic):
             raise ValueError("critic must be given: critic._target_=alignkit.critic.Critic")
-        if min(self.k, self.n, self.repeat_times) < 1 or self.temperature <= 0 or self.clip <= 0:
-            raise ValueError("k, n and repeat_times must be at least 1; temperature and clip above 0")
-        if not 0 <= self.gamma <= 1 or not 0 <= self.lam <= 1:
-            raise ValueError("gamma and lam lie within [0, 1]")
+        need(self, "k >= 1", "n >= 1", "repeat_times >= 1", "temperature > 0", "clip > 0")
+        need(self, "gamma >= 0", "gamma <= 1", "lam >= 0", "lam <= 1")
 
     @property
     def wants_reference(self) -> bool:

@@ -11,6 +11,7 @@ from alignkit import losses, ops
 from alignkit.algos._rl import RL, draw, spread
 from alignkit.batch import Batch, Loss
 from alignkit.data import Row
+from alignkit.errors import need
 from alignkit.policy import Policy
 from alignkit.rewards import Reward
 from alignkit.scoring import by_parts
@@ -35,8 +36,7 @@ class MRT(RL):
         super().__post_init__()
         if self.normalize != "groups":
             raise ValueError("MRT's mean is over inputs: normalize must be groups")
-        if self.k + self.gold < 2 or self.temperature <= 0 or self.alpha <= 0:
-            raise ValueError("a set needs two candidates (k, gold); temperature and alpha must be above 0")
+        need(self, f"k >= {1 if self.gold else 2}", "temperature > 0", "alpha > 0")  # a set needs two candidates
 
     def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
         batch = draw(self, policy, rows, generator)

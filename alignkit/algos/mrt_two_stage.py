@@ -10,6 +10,7 @@ from torch import Tensor
 from alignkit import losses, ops
 from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch, Loss
+from alignkit.errors import need
 
 
 @dataclass(kw_only=True)
@@ -31,8 +32,7 @@ class MRTTwoStage(RL):
         super().__post_init__()
         if self.normalize != "groups":
             raise ValueError("MRT's mean is over inputs: normalize must be groups")
-        if self.k < 2 or self.temperature <= 0 or self.alpha <= 0:
-            raise ValueError("k must be at least 2; temperature and alpha above 0")
+        need(self, "k >= 2", "temperature > 0", "alpha > 0")
 
     def credit(self, batch: Batch) -> Batch:
         return spread(ops.centred(self.outcomes(batch), batch.group), batch)

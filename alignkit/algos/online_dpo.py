@@ -11,6 +11,7 @@ from torch import Tensor
 from alignkit import losses, ops
 from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch, Loss
+from alignkit.errors import need
 
 
 @dataclass(kw_only=True)
@@ -29,8 +30,7 @@ class OnlineDPO(RL):
         super().__post_init__()
         if self.normalize != "groups":
             raise ValueError("online DPO's mean is over pairs: normalize must be groups")
-        if self.k < 2 or self.temperature <= 0 or self.beta <= 0:
-            raise ValueError("k must be at least 2; temperature and beta above 0")
+        need(self, "k >= 2", "temperature > 0", "beta > 0")
         if self.wants_penalty or self.wants_mle:
             raise ValueError("online DPO holds to the start model through beta: kl and mle_weight must be 0")
 

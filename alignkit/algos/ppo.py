@@ -11,6 +11,7 @@ from alignkit import ops
 from alignkit.algos._rl import RL
 from alignkit.batch import Batch, Loss
 from alignkit.critic import Critic
+from alignkit.errors import need
 
 
 @dataclass(kw_only=True)
@@ -40,10 +41,8 @@ class PPO(RL):
         super().__post_init__()
         if not isinstance(self.critic, Critic):
             raise ValueError("critic must be given: critic._target_=alignkit.critic.Critic")
-        if self.k < 1 or self.temperature <= 0 or self.clip <= 0 or not 0 <= self.gamma <= 1 or not 0 <= self.lam <= 1:
-            raise ValueError("k must be at least 1; temperature and clip above 0; gamma and lam within [0, 1]")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError("dual_clip must be above 1, or null")
+        need(self, "k >= 1", "temperature > 0", "clip > 0", "dual_clip > 1")
+        need(self, "gamma >= 0", "gamma <= 1", "lam >= 0", "lam <= 1")
 
     def credit(self, batch: Batch) -> Batch:
         assert batch.values is not None

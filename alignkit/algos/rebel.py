@@ -11,6 +11,7 @@ from torch import Tensor
 from alignkit import losses, ops
 from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch, Loss
+from alignkit.errors import need
 
 
 @dataclass(kw_only=True)
@@ -33,8 +34,7 @@ class REBEL(RL):
         super().__post_init__()
         if self.normalize != "groups":
             raise ValueError("REBEL's mean is over pairs: normalize must be groups")
-        if self.k < 2 or self.temperature <= 0 or self.eta <= 0:
-            raise ValueError("k must be at least 2; temperature and eta above 0")
+        need(self, "k >= 2", "temperature > 0", "eta > 0")
         if self.pairs == "two" and self.k != 2:
             raise ValueError("pairs=two takes k=2; pairs=best_worst chooses two of k")
         if (self.kl_in == "loss" and self.wants_penalty) or self.wants_mle:

@@ -11,6 +11,7 @@ from alignkit import ops
 from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch
 from alignkit.data import Row
+from alignkit.errors import need
 from alignkit.policy import Policy
 from alignkit.rewards import Reward
 
@@ -30,8 +31,7 @@ class Reinforce(RL):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 1 or self.temperature <= 0 or self.queue < 1:
-            raise ValueError("k and queue must be at least 1, temperature above 0")
+        need(self, "k >= 1", "temperature > 0", "queue >= 1")
         if self.baseline == "leave_one_out" and self.k < 2:
             raise ValueError("baseline=leave_one_out needs k ≥ 2: with one sample the advantage is always 0")
         self._queue: list[float] = []

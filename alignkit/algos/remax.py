@@ -10,6 +10,7 @@ import torch
 from alignkit.algos._rl import RL, draw, spread
 from alignkit.batch import Batch
 from alignkit.data import Row
+from alignkit.errors import need
 from alignkit.policy import Policy
 from alignkit.rewards import Reward
 
@@ -29,8 +30,7 @@ class ReMax(RL):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 1 or self.temperature <= 0 or (self.difference_clip is not None and self.difference_clip <= 0):
-            raise ValueError("k must be at least 1; temperature and difference_clip above 0")
+        need(self, "k >= 1", "temperature > 0", "difference_clip > 0")
 
     def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
         batch = draw(self, policy, rows, generator)

@@ -11,6 +11,7 @@ from torch import Tensor
 from alignkit import ops
 from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch, Loss
+from alignkit.errors import need
 
 
 @dataclass(kw_only=True)
@@ -29,8 +30,7 @@ class RLOO(RL):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 2 or self.temperature <= 0 or self.clip <= 0:
-            raise ValueError("k must be at least 2, temperature and clip above 0")
+        need(self, "k >= 2", "temperature > 0", "clip > 0")
         if self.ratio == "sequence" and self.normalize == "tokens":
             raise ValueError("ratio=sequence has one action a response: normalize cannot be tokens")
         if self.ratio == "none" and self.epochs * self.minibatches > 1:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from alignkit import losses
 from alignkit.batch import Batch, Loss
+from alignkit.errors import need, need_adamw
 from alignkit.policy import Policy
 
 
@@ -34,15 +35,8 @@ class SFT:
     max_response_tokens: int | None = None  # longer responses are cut
 
     def __post_init__(self) -> None:
-        if (
-            self.batch_size < 1
-            or self.micro_tokens < 1
-            or (self.steps is not None and self.steps < 1)
-            or self.epochs <= 0
-        ):
-            raise ValueError("batch_size, micro_tokens and steps must be at least 1, epochs above 0")
-        if self.lr < 0 or self.max_grad_norm < 0:
-            raise ValueError("lr and max_grad_norm must not be negative; max_grad_norm=0 turns clipping off")
+        need(self, "batch_size >= 1", "micro_tokens >= 1", "steps >= 1", "epochs > 0")
+        need_adamw(self)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         return losses.nll(policy.forward(batch), batch.mask)

@@ -2,14 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from alignkit.batch import Batch
+from alignkit.data import Row
+from alignkit.errors import UserError, suggest
 
 
 class Reward(Protocol):
     """``(B,)`` float32, one score a response. The data row, with all its columns, is in ``batch.rows``."""
 
     def __call__(self, batch: Batch) -> Tensor: ...
+
+
+def scores_of(reward: Reward, batch: Batch) -> Tensor:
+    """What a reward gives to a batch: (B,) float32, on the batch's device. A list of numbers will do.
+
+    Raises:
+        UserError: another shape, or a score that is not finite; names the row.
+    """
+    found = reward(batch)
+    if not isinstance(found, Tensor):
+        try:
+            found = torch.tensor([float(x) for x in found])
+        except (TypeError, ValueError):
+            raise UserError(f"the reward gave {type(found).__name__}; it must give one number a response.") from None
+    if found.shape != (len(batch),):
+        raise UserError(f"the reward gave scores of shape {tuple(found.shape)} for {len(batch)} responses.")
+    scores = found.float()
+    bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"the reward of row {batch.rows[bad[0]]['id']} is {float(scores[bad[0]])}, response {batch.responses[bad[0]]!r}."
+        )
+    return scores.to(batch.mask.device)
+
+
+def column_of(row: Row, column: str) -> object:
+    """What a reward reads from a data row.
+
+    Raises:
+        UserError: the row has no such column.
+    """
+    if column not in row:
+        raise UserError(
+            f"row {row['id']} has no column '{column}', which the reward reads.{suggest(column, own_columns(row))} "
+            f"Set reward.column, or choose another reward."
+        )
+    return row[column]
+
+
+def own_columns(row: Row) -> Iterable[str]:
+    return [name for name in row if name not in ("id", "prompt", "response", "references")]

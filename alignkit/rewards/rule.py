@@ -13,7 +13,8 @@ from torch import Tensor
 
 from alignkit.batch import Batch
 from alignkit.data import Row
-from alignkit.errors import UserError, suggest
+from alignkit.errors import UserError
+from alignkit.rewards import column_of
 
 
 @dataclass(kw_only=True)
@@ -53,12 +54,7 @@ class Answer:
         return torch.tensor(scores, dtype=torch.float32, device=batch.response_ids.device)
 
     def _answer(self, row: Row) -> Decimal:
-        if self.column not in row:
-            raise UserError(
-                f"row {row['id']} has no column '{self.column}', which the answer reward compares with."
-                f"{suggest(self.column, row)} Set reward.column."
-            )
-        answer = last_number(str(row[self.column]))
+        answer = last_number(str(column_of(row, self.column)))
         if answer is None:
             raise UserError(
                 f"row {row['id']}: column '{self.column}' holds no number for the answer reward: {row[self.column]!r}."
@@ -77,7 +73,9 @@ class Slots:
     column: str = "da"  # column of the act
 
     def __call__(self, batch: Batch) -> Tensor:
-        scores = [_slots(row[self.column], y) for row, y in zip(batch.rows, batch.responses, strict=True)]
+        scores = [
+            _slots(str(column_of(row, self.column)), y) for row, y in zip(batch.rows, batch.responses, strict=True)
+        ]
         return torch.tensor(scores, device=batch.response_ids.device)
 
 

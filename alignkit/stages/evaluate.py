@@ -15,6 +15,7 @@ from alignkit.data import Data, Row
 from alignkit.decode import Decode
 from alignkit.errors import UserError, suggest
 from alignkit.policy import Policy, load
+from alignkit.rewards import scores_of
 from alignkit.run import Run
 
 Table = dict[str, dict[str, float]]
@@ -75,7 +76,7 @@ class HeldOut:
         entries = []
         for first in range(0, len(rows), self.cfg.batch_size):
             batch = self._decode(policy, rows[first : first + self.cfg.batch_size], first)
-            scores = self.reward(batch).tolist() if self.reward else [None] * len(batch)
+            scores = scores_of(self.reward, batch).tolist() if self.reward else [None] * len(batch)
             for row, response, score in zip(batch.rows, batch.responses, scores, strict=True):
                 entry = {"prompt": row["prompt"], "references": row["references"], "response": response}
                 entries.append(entry | ({} if score is None else {"reward": score}))

@@ -14,10 +14,9 @@ from alignkit.algos._rl import RL
 from alignkit.batch import Batch
 from alignkit.config import Model
 from alignkit.data import Data
-from alignkit.errors import UserError
 from alignkit.ops import group_mean
 from alignkit.policy import Policy, load, reference
-from alignkit.rewards import Reward
+from alignkit.rewards import Reward, scores_of
 from alignkit.run import Run
 from alignkit.scoring import by_parts
 from alignkit.stages.evaluate import HeldOut
@@ -39,9 +38,11 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
     if run.checkpoint:
         algo.load_state(run.state["algo"])
     else:
-        run.before = held_out.test(policy, "before")
+        run.begin(policy, optimizer, algo, held_out)
 
     steps = run.first_step if _over(algo, run) else algo.steps
+    if steps < algo.steps:
+        run.ended_by = _limit(algo)
     with run.training(steps):
         for step in range(run.first_step, steps):
             run.seed_globally(step)  # for a reward that draws from torch's own generator
@@ -68,14 +69,16 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
             if every and (step % every == 0 or step + 1 == steps):
                 run.samples(step + 1, batch)
             metrics = {**_metrics(scored.drawn(), batch), **algo.metrics(batch), **stats}
+            if step == run.first_step and metrics["cut_off"] == 1:
+                run.progress.say(f"warning: every response was cut off at algo.max_new_tokens={algo.max_new_tokens}.")
             metrics |= {"lr": algo.rates(step)[0], **run.speed()}
             coefficient, nats = algo.kl, algo.adapt(scored)
             if nats is not None:
                 metrics |= {"kl": nats, "kl_coefficient": coefficient}
             if _over(algo, run):
-                steps = step + 1
+                steps, run.ended_by = step + 1, _limit(algo)
                 run.progress.say(
-                    f"ends after step {steps}: algo.{'kl_limit' if algo.over else 'token_budget'} is passed."
+                    f"ends after step {steps}: {run.ended_by}={OmegaConf.select(cfg, run.ended_by)} is passed."
                 )
             run.end_step(step + 1, steps, metrics, policy, optimizer, algo, held_out)
             if step + 1 == steps:
@@ -89,10 +92,14 @@ def _over(algo: RL, run: Run) -> bool:
     return algo.over or (algo.token_budget is not None and spent >= algo.token_budget)
 
 
+def _limit(algo: RL) -> str:
+    return "algo.kl_limit" if algo.over else "algo.token_budget"
+
+
 def score(algo: RL, policy: Policy, reward: Reward, start: Callable[[Batch], Tensor] | None, batch: Batch) -> Batch:
     """The sampled batch with scores, and the start model's log-probabilities and values where the method wants them."""
-    scores = reward(batch) if batch.scores is None else batch.scores
-    batch = batch.with_(scores=_checked(scores, batch))
+    if batch.scores is None:
+        batch = batch.with_(scores=scores_of(reward, batch))
     if start is not None:
         batch = batch.with_(ref_logprobs=start(batch))
     critic = algo.critic
@@ -101,22 +108,6 @@ def score(algo: RL, policy: Policy, reward: Reward, start: Callable[[Batch], Ten
             values = by_parts(batch, algo.micro_tokens, lambda part: critic.values(policy.value_outputs(part)))
         batch = batch.with_(values=values * batch.mask)
     return batch
-
-
-def _checked(scores: Tensor, batch: Batch) -> Tensor:
-    """Scores (B,) as float32.
-
-    Raises:
-        UserError: another shape, or a score that is not finite.
-    """
-    if scores.shape != (len(batch),):
-        raise UserError(f"the reward gave scores of shape {tuple(scores.shape)} for {len(batch)} responses.")
-    bad = (~torch.isfinite(scores.float())).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(
-            f"the reward of row {batch.rows[bad[0]]['id']} is {float(scores[bad[0]])}, response {batch.responses[bad[0]]!r}."
-        )
-    return scores.float().to(batch.mask.device)
 
 
 def _metrics(batch: Batch, credited: Batch) -> dict[str, float]:
