@@ -19,7 +19,7 @@ class GRPO(RL):
 
     Clipped token ratio, mean over each response's tokens, then over responses; KL to the start model in the loss (k3).
     The deviation is the sample one (ddof 1), as in TRL, verl and oat; eps is TRL's. TRL's own default loss is DAPO's
-    token mean without KL: ``normalize=tokens kl=0``.
+    token mean without KL: ``algo.normalize=tokens algo.kl=0``.
     """
 
     k: int = 8  # responses an input

@@ -1,0 +1,246 @@
+"""What a user gets wrong, and what is said to it: one message that names the thing, before work is done or lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from running import SMALL_CAUSAL, SMALL_RL, SMALL_SEQ2SEQ, command, composed, lines, train
+
+from alignkit.algos.grpo import GRPO
+from alignkit.algos.ppo import PPO
+from alignkit.config import check
+from alignkit.critic import Critic
+from alignkit.errors import UserError, need
+from alignkit.run import hash_weights
+
+GRPO_TINY = ["+algo=grpo", *SMALL_SEQ2SEQ, "data=rnnlg", *SMALL_RL, "algo.k=2", "reward=length", "algo.warmup=0"]
+REWARDS = {
+    "bare": "class R:\n    def __call__(self, batch):\n        return [1.0, 2.0] * (len(batch) // 2)\n",
+    "none": "class R:\n    def __call__(self, batch):\n        return None\n",
+    "late": (
+        "import torch\nclass R:\n    calls = 0\n    def __call__(self, batch):\n        R.calls += 1\n"
+        "        return torch.full((len(batch),), float('nan') if R.calls > BAD else 1.0)\n"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("value", "condition", "said"),
+    [
+        (1, "k >= 2", "k must be at least 2, is 1"),
+        (0.0, "k > 0", "k must be above 0, is 0.0"),
+        (1.5, "k <= 1", "k must be at most 1, is 1.5"),
+        (1, "k < 1", "k must be below 1, is 1"),
+        (float("nan"), "k >= 0", "k must be at least 0, is nan"),
+        (float("inf"), "k >= 0", "k must be at least 0, is inf"),
+    ],
+)
+def test_a_range_says_which_bound_is_missed_by_what(value: float, condition: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        need(SimpleNamespace(k=value), condition)
+
+
+def test_what_lies_in_its_range_passes() -> None:
+    need(SimpleNamespace(k=2, x=None), "k >= 2", "k <= 2", "k > 1", "k < 3", "x > 0")
+
+
+@pytest.mark.parametrize(("start", "end", "wrong"), [(0.0, 0.95, None), (0.5, 1.5, 1.5), (-0.1, 0.5, -0.1)])
+def test_both_ends_of_a_schedule_are_checked(start: float, end: float, wrong: float | None) -> None:
+    given = {"lam": {"start": start, "end": end}, "critic": Critic()}
+    if wrong is None:
+        assert PPO(**given).lam == start
+    else:
+        with pytest.raises(ValueError, match=f"lam must be .*, is {wrong}"):
+            PPO(**given)
+
+
+def test_one_setting_is_blamed_not_all() -> None:
+    with pytest.raises(ValueError, match=r"^k must be at least 2, is 1$"):
+        GRPO(k=1)
+    with pytest.raises(ValueError, match=r"^temperature must be above 0, is 0"):
+        GRPO(temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["algo.k={start: 8, end: 4}"], "only floats can have a schedule"),
+        (["model.device=gpu"], "model.device: must be auto"),
+        (["run.threads=-2"], "run.threads"),
+        (["run.dir=''"], "run.dir: must not be empty"),
+        (["model.lora.alpha=32"], "model.lora.r: is 0"),
+        (["algo.needs_reference=true"], "algo.needs_reference: unknown"),
+    ],
+)
+def test_check_refuses(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check(composed(["+algo=grpo", *words]))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["algo.lr=nan"], "algo: lr must be"),
+        (["algo.betas=[0.9]"], "algo: betas must be two numbers"),
+        (["algo.weight_decay=-1"], "algo: weight_decay must be"),
+        (["algo.kl_limit=0"], "algo: kl_limit must be above 0"),
+        (["model.device=cuda"], "sees no GPU"),
+        (["reward=slots", "reward.column=dialogue_act"], "no column 'dialogue_act'.*reward.column"),
+    ],
+)
+def test_train_refuses(tmp_path: Path, words: list[str], said: str) -> None:
+    import torch
+
+    if "model.device=cuda" in words and torch.cuda.is_available():
+        words, said = ["model.device=cuda:99"], "99"
+    with pytest.raises((UserError, RuntimeError), match=said):
+        train(tmp_path, *GRPO_TINY, *words)
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*run\.root"):
+        train(tmp_path / "file", *GRPO_TINY)
+
+
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> str:
+    """The word that names a reward of the user's own, in a file of its own."""
+    name = f"own_{abs(hash((str(tmp_path), code)))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return f"reward._target_={name}.R"
+
+
+OWN = [w for w in GRPO_TINY if w != "reward=length"] + ["reward=chrf", "algo.steps=2", "evaluate.every=0"]
+
+
+def test_a_reward_may_give_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _ = train(tmp_path, *OWN, "evaluate.test=false", own(tmp_path, monkeypatch, REWARDS["bare"]))
+    assert result["steps"] == 2
+
+
+def test_a_reward_that_gives_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="the reward gave NoneType"):
+        train(tmp_path, *OWN, own(tmp_path, monkeypatch, REWARDS["none"]))
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2, 3])
+def test_a_reward_that_turns_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    """... in the evaluation before (1 call), in a step (2) or in the evaluation after: never written down as a result."""
+    with pytest.raises(UserError, match=r"the reward of row .* is nan"):
+        train(tmp_path, *OWN, own(tmp_path, monkeypatch, REWARDS["late"].replace("BAD", str(bad))))
+    assert not list(tmp_path.glob("*/result.json"))
+
+
+def test_a_finished_run_asks_whether_its_own_code_is_still_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word = own(tmp_path, monkeypatch, REWARDS["bare"])
+    train(tmp_path, *OWN, "evaluate.test=false", word)
+    train(tmp_path, *OWN, "evaluate.test=false", word)  # is finished
+    file = tmp_path / f"{word.partition('=')[2].removesuffix('.R')}.py"
+    file.write_text(file.read_text().replace("2.0", "3.0"))
+    with pytest.raises(UserError, match=r"another reward\._target_"):
+        train(tmp_path, *OWN, "evaluate.test=false", word)
+
+
+def test_other_settings_in_one_directory_are_named(tmp_path: Path) -> None:
+    words = [*GRPO_TINY, "run.name=fixed", "evaluate.test=false"]
+    train(tmp_path, *words)
+    with pytest.raises(UserError, match=r"algo\.clip: 0\.2 → 0\.3\).*model\.path=.*fixed"):
+        train(tmp_path, *words, "algo.clip=0.3")
+
+
+def test_the_record_holds_every_default_and_a_changed_one_is_noticed(tmp_path: Path) -> None:
+    words = [*GRPO_TINY, "run.name=fixed", "evaluate.test=false"]
+    _, run = train(tmp_path, *words)
+    record = yaml.safe_load((run / "config.yaml").read_text())
+    assert record["algo"]["clip"] == GRPO.clip and record["algo"]["betas"] == [0.9, 0.95]
+    assert "clip" not in composed(words).algo  # not from the YAML
+    record["algo"]["clip"] = 0.1  # as if alignkit's default had been another
+    (run / "config.yaml").write_text(yaml.safe_dump(record))
+    with pytest.raises(UserError, match=r"algo\.clip: 0\.1 → 0\.2"):
+        train(tmp_path, *words)
+
+
+def test_the_start_is_kept_where_training_makes_it_worse(tmp_path: Path) -> None:
+    """A rate a thousand times too high."""
+    words = ["+algo=grpo", "data=rnnlg_acts", *SMALL_RL, "algo.k=2", "algo.lr=0.1", "algo.warmup=0", "evaluate.every=2"]
+    result, run = train(tmp_path, *words, "evaluate.test=false", "run.keep=1")
+    first = lines(run / "metrics.jsonl")[0]
+    assert first["step"] == 0 and result["best"] == {"step": 0, "value": first["dev/bleu"]}
+    assert first["dev/bleu"] > 10  # the bundled model
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-6"]
+    weights = {name: hash_weights(run / name) for name in ("final", "checkpoint-0", "checkpoint-6")}
+    assert weights["final"] == weights["checkpoint-0"] != weights["checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("words", "by"), [([], "algo.steps"), (["algo.token_budget=1"], "algo.token_budget"), (["algo.kl_limit=1e-9", "algo.lr=0.1"], "algo.kl_limit")],
+)  # fmt: skip
+def test_the_result_says_what_ended_the_run(
+    tmp_path: Path, words: list[str], by: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, _ = train(tmp_path, *GRPO_TINY, "evaluate.test=false", "evaluate.every=0", *words)
+    assert result["ended_by"] == by
+    assert (f"{by}=" in capsys.readouterr().err) == (by != "algo.steps")
+
+
+def test_responses_that_are_all_cut_off_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, *GRPO_TINY, "evaluate.test=false", "evaluate.every=0", "algo.max_new_tokens=1", "algo.steps=1")
+    assert "every response was cut off at algo.max_new_tokens=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["+data=arithmetic", "model=tiny_arithmetic", "+reward=answer"], ["+preset=reinforce_arithmetic", "+algo=grpo"]])  # fmt: skip
+def test_a_plus_too_many_does_no_harm(words: list[str]) -> None:
+    cfg = composed(words if "+preset=reinforce_arithmetic" in words else ["+algo=grpo", *words])
+    assert cfg.algo._target_.endswith("GRPO") and "arithmetic" in cfg.data.train
+    check(cfg)
+
+
+def test_the_command_line_points_the_way(tmp_path: Path) -> None:
+    sweep = command("train", "+algo=grpo", "seed=1,2", cwd=tmp_path)
+    assert sweep.returncode == 2 and "alignkit train -m" in sweep.stderr
+    folder = command("train", "--config-dir", "nowhere", "+algo=mine", cwd=tmp_path)
+    assert folder.returncode == 2 and "nowhere: no such folder" in folder.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_method_of_ones_own_is_listed_shown_and_named_when_it_cannot_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "algo").mkdir()
+    (tmp_path / "algo" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [_rl, {override /data: rnnlg}, {override /reward: length}, _self_]\nname: mine\n"
+        "algo: {_target_: mine.Mine}\n".replace("_rl, ", "")
+        + "stage: rl\n"
+    )
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom alignkit.algos._rl import RL\nimport nothing_of_the_kind\n\n\n"
+        '@dataclass(kw_only=True)\nclass Mine(RL):\n    """Mine: does what I want."""\n\n    mine: int = 3  # my own\n'
+    )
+    where = ("--config-dir", str(tmp_path))
+    listed, shown = command("list", *where), command("show", "mine", *where)
+    assert "+algo=mine" in listed.stdout and "Mine: does what I want" in listed.stdout
+    assert "mine: int = 3" in shown.stdout and "prompts_per_step" in shown.stdout
+    failed = command("train", *where, "+algo=mine", *SMALL_CAUSAL, f"run.root={tmp_path}/runs")
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert "nothing_of_the_kind" in failed.stderr and "mine.Mine" in failed.stderr
+
+
+def test_settings_that_every_run_takes_are_shown() -> None:
+    shown = command("show", "settings").stdout
+    for word in ("evaluate.select", "run.keep", "model.lora.target_modules", "model.compute"):
+        assert f"  {word}: " in shown
+
+
+def test_results_are_json_that_others_can_read(tmp_path: Path) -> None:
+    _, run = train(tmp_path, *GRPO_TINY, "evaluate.test=false")
+
+    def refuse(name: str) -> float:
+        raise AssertionError(f"{name} is not JSON")
+
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
