@@ -31,7 +31,10 @@ def options(group: str, extra: list[Path] = []) -> dict[str, Path]:  # noqa: B00
 
 def read(path: Path) -> dict[str, Any]:
     """A config file over the private bases (``_rl``) that its defaults name."""
-    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as e:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(e).split())}).") from None
     merged: dict[str, Any] = {}
     for entry in content.get("defaults", []):
         if isinstance(entry, str) and entry.startswith("_") and entry != "_self_":
@@ -191,7 +194,11 @@ def _left_open(group: str, name: str, extra: list[Path]) -> list[str]:
 
 def _idea(content: dict[str, Any]) -> str:
     target = (content.get("algo") or {}).get("_target_")
-    first = " ".join(doc_of(target).split("\n\n")[0].split()) if target else ""
+    try:
+        doc = doc_of(target) if target else ""
+    except (ImportError, AttributeError, SyntaxError, ValueError) as e:
+        return f"({target}: {e})"
+    first = " ".join(doc.split("\n\n")[0].split())
     ends = [i for mark in ("; ", ". ") if (i := first.find(mark, 40)) > 0]
     return first[: min(ends, default=len(first))].rstrip(".") + "." if first else ""
 

@@ -88,7 +88,7 @@ def train(words: list[str]) -> None:
     }:
         from alignkit.catalog import listing
 
-        print(listing())
+        print(listing(_use_config_dirs(words)))
         _leave("error: train: name a method with +algo=NAME or a preset with +preset=NAME.", 2)
 
     import hydra

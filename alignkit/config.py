@@ -119,11 +119,21 @@ def _filled(value: Any) -> Any:
     for setting in (settings_of(value["_target_"]) or {}).values() if "_target_" in value else ():
         if setting.name not in value and setting.default is not None:
             try:
-                default = ast.literal_eval(setting.default)
-            except ValueError:
-                continue  # not a plain value
-            filled[setting.name] = list(default) if isinstance(default, tuple) else default
+                filled[setting.name] = _listed(ast.literal_eval(setting.default))
+            except (ValueError, SyntaxError, TypeError):
+                continue  # not a value that YAML can hold
     return filled
+
+
+def _listed(value: Any) -> Any:
+    """A plain value with lists for tuples, as YAML gives it back."""
+    if isinstance(value, list | tuple):
+        return [_listed(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError
 
 
 def same_settings(directory: Path, begun: str, cfg: DictConfig) -> None:
@@ -141,7 +151,8 @@ def same_settings(directory: Path, begun: str, cfg: DictConfig) -> None:
     now = _flat(whole(cfg))
     names = [n for n in {**before, **now} if before.get(n, "nothing") != now.get(n, "nothing")]
     names = [n for n in names if n.partition(".")[0] not in ("run", "name", "hydra")]
-    if begun != signature(cfg) or (file.exists() and names):
+    names = names if file.exists() else []
+    if begun != signature(cfg) or names:
         changes = [f"{n}: {before.get(n, 'nothing')} → {now.get(n, 'nothing')}" for n in names[:8]]
         raise UserError(
             f"{directory} holds a run with other settings ({'; '.join(changes) or 'see its config.yaml'}). Choose another "

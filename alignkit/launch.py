@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -120,10 +121,10 @@ def _run(cfg: DictConfig, data: Data) -> dict[str, Any]:
 
 
 def fingerprint(cfg: DictConfig, data: Data, splits: tuple[str, ...] = ("train", "dev", "test")) -> dict[str, str]:
-    """Setting → SHA-256 of what it names: the data files, and the files of classes that are not alignkit's."""
+    """Setting → SHA-256 of what it names: the data files, and the files that a ``_target_`` outside alignkit names."""
     found = {f"data.{split}": digest for split, digest in data.fingerprint(splits).items()}
     for name in ("data", "reward", "algo"):
-        for path, target in _targets(OmegaConf.to_container(cfg[name]), name):
+        for path, target in _targets(OmegaConf.to_container(cfg[name], resolve=True), name):
             file = None if target.startswith("alignkit.") else file_of(target)
             if file is not None:
                 found[path] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -131,7 +132,8 @@ def fingerprint(cfg: DictConfig, data: Data, splits: tuple[str, ...] = ("train",
 
 
 def _targets(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    for key, item in value.items() if isinstance(value, dict) else ():
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
         if key == "_target_":
             yield f"{path}._target_", item
         yield from _targets(item, f"{path}.{key}")
@@ -158,8 +160,12 @@ def _build(node: DictConfig, name: str) -> Any:
         cause = e.__cause__ or e
         if isinstance(cause, (ValueError, TypeError, UserError)):
             raise UserError(f"{name}: {cause}") from None
-        if isinstance(cause, (ImportError, AttributeError, NameError)):
-            raise UserError(f"{name}: {node.get('_target_')} cannot be imported ({cause}).") from None
+        if isinstance(e, InstantiationException) and str(e).startswith("Error locating target"):
+            while cause.__cause__:  # the fault in the user's file itself
+                cause = cause.__cause__
+            raise UserError(
+                f"{name}: cannot import {str(e).split(chr(39))[1]}: {type(cause).__name__}: {cause}"
+            ) from None
         raise
 
 

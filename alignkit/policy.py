@@ -372,8 +372,12 @@ def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None =
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"model.device={device}: torch {torch.__version__} sees no GPU here. Use auto, or cpu.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(
+            f"model.device={device}: torch {torch.__version__} cannot use it ({str(e).splitlines()[0]})."
+        ) from None
     dtype = getattr(torch, cfg.dtype)
     if checkpoint and not cfg.lora.r:
         model, tokenizer = _pretrained(str(checkpoint), cfg, dtype)
@@ -431,13 +435,13 @@ def resolve(path: str) -> str:
             (p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()),
             key=lambda p: int(p.name.rpartition("-")[2]),
         )
-        if (folder / "adapter_config.json").exists():
-            raise UserError(
-                f"model.path={path}: holds a LoRA adapter alone. Name the run: its final/ is a whole model."
-            )
         if not saved:
             raise UserError(f"model.path={path}: neither a model (config.json) nor a run with final/ or checkpoint-N/.")
         folder = saved[-1]
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"model.path={path}: {folder.name} is a LoRA adapter alone. Finish the run: its final/ is a whole model."
+        )
     weights = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name.endswith(".safetensors.index.json")]
     if not weights:
         raise UserError(f"model.path={path}: {folder} has no weights (*.safetensors). Other formats are not loaded.")

@@ -52,7 +52,7 @@ class Run:
         self.before: dict[str, Any] | None = None  # evaluation before training
         self.state: dict[str, Any] = {}  # of the checkpoint that is resumed
         self.stop_asked = False
-        self.ended_by = "algo.steps"  # the setting that set the end
+        self.ended_by = "algo.steps" if cfg.algo.get("steps", 0) is not None else "algo.epochs"  # what set the end
         self._seen: dict[str, float] = {}  # the ledger when `speed` was last asked
         self._order: tuple[int, int, list[int]] = (-1, -1, [])
         _keep_freed_memory()
@@ -268,7 +268,8 @@ class Run:
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def _improved(self, step: int, value: float) -> bool:
-        if self.best is None or value > self.best["value"]:
+        # training that has not hurt is kept: an even score takes the start's place
+        if self.best is None or value > self.best["value"] or (value == self.best["value"] and not self.best["step"]):
             self.best = {"step": step, "value": value}
             return True
         return False
@@ -335,6 +336,10 @@ class Run:
                     f"{best}, the best on dev, is gone. Restore it, or take the last with evaluate.final=last."
                 )
             policy.restore(best)
+            if not self.best["step"]:
+                self.progress.say(
+                    "the start is the best on dev, so final/ holds it; evaluate.final=last takes the end."
+                )
         after = held_out.test(policy, "after")
         with self._whole(self.dir / "final") as folder:
             policy.export(folder)
@@ -386,7 +391,7 @@ class Run:
 
     def _drop_later_steps(self) -> None:
         """Steps after the checkpoint are done again, so their lines go."""
-        step = self.first_step
+        step = self.first_step if self.checkpoint else -1
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.dir / name
             if path.exists():

@@ -68,7 +68,7 @@ def test_checkpoints_are_plain_folders_and_the_last_and_best_are_kept(tmp_path: 
 def test_final_is_the_best_on_dev(tmp_path: Path) -> None:
     result, run = train(tmp_path, *ESRL, "evaluate.every=1", "evaluate.select=length_ratio")
     values = {m["step"]: m["dev/length_ratio"] for m in lines(run / "metrics.jsonl")}
-    best = max(values, key=lambda step: (values[step], -step))
+    best = max(values, key=lambda step: (values[step], step > 0, -step))  # the first, but any step before the start
     assert result["best"] == {"step": best, "value": values[best]}
     assert hash_weights(run / "final") == hash_weights(run / f"checkpoint-{best}")
 
@@ -79,7 +79,8 @@ def test_a_stopped_run_ends_where_an_unbroken_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     """Weights, optimizer, queue, capability, dropout: all come back, and the record has no step twice."""
-    whole, whole_dir = train(tmp_path / "whole", *words, "run.save_every=2", "algo.epochs=2")
+    words = [*words, "run.save_every=2", "algo.epochs=2", "evaluate.final=last"]
+    whole, whole_dir = train(tmp_path / "whole", *words)
     end_step = Run.end_step
 
     def stop_after_three(self: Run, done: int, *rest: object) -> None:
@@ -89,8 +90,8 @@ def test_a_stopped_run_ends_where_an_unbroken_one_does(
     with monkeypatch.context() as m:
         m.setattr(Run, "end_step", stop_after_three)
         with pytest.raises(Stopped, match="after step 3"):
-            train(tmp_path / "broken", *words, "run.save_every=2", "algo.epochs=2")
-    broken, broken_dir = train(tmp_path / "broken", *words, "run.save_every=2", "algo.epochs=2")
+            train(tmp_path / "broken", *words)
+    broken, broken_dir = train(tmp_path / "broken", *words)
     assert broken["resumes"] == 1
     assert broken["weights_sha256"] == whole["weights_sha256"]
     assert without_clock(broken_dir / "metrics.jsonl") == without_clock(whole_dir / "metrics.jsonl")
@@ -99,7 +100,7 @@ def test_a_stopped_run_ends_where_an_unbroken_one_does(
 
 def test_sigkill_at_random_moments_changes_nothing(tmp_path: Path) -> None:
     """Five kills, wherever they fall (a step, an evaluation, a save), and the same weights as an unbroken run."""
-    words = [*ESRL, "algo.steps=40", "run.save_every=3", "evaluate.every=5", "data.limit=200"]
+    words = [*ESRL, "algo.steps=40", "run.save_every=3", "evaluate.every=5", "data.limit=200", "evaluate.final=last"]
     whole, _ = train(tmp_path / "whole", *words)
     rng = random.Random(int.from_bytes(os.urandom(4), "big"))
     root = tmp_path / "killed"

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from alignkit.batch import Batch
+from alignkit.rewards import scores_of
 
 
 @dataclass(kw_only=True)
@@ -24,5 +25,5 @@ class Mix:
             )
 
     def __call__(self, batch: Batch) -> Tensor:
-        parts = [weight * self.rewards[name](batch) for name, weight in self.weights.items()]
+        parts = [weight * scores_of(self.rewards[name], batch) for name, weight in self.weights.items()]
         return sum(parts[1:], parts[0])

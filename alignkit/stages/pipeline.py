@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from alignkit.config import signature
+from alignkit.config import signature, whole
 from alignkit.errors import Stopped, UserError, suggest
 from alignkit.files import write_atomically
 
@@ -27,7 +27,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         UserError: a step that fails, or a word that names an unknown step.
     """
     directory = Path(cfg.run.dir)
-    write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_atomically(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(whole(cfg))))
     done: dict[str, str] = {}
     results: dict[str, Any] = {}
     steps: Any = OmegaConf.to_container(cfg.steps, resolve=True)

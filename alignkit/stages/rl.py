@@ -41,7 +41,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
         run.begin(policy, optimizer, algo, held_out)
 
     steps = run.first_step if _over(algo, run) else algo.steps
-    if steps < algo.steps:
+    if steps < algo.steps:  # it was passed in the step before a stop
         run.ended_by = _limit(algo)
     with run.training(steps):
         for step in range(run.first_step, steps):
@@ -75,7 +75,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
             coefficient, nats = algo.kl, algo.adapt(scored)
             if nats is not None:
                 metrics |= {"kl": nats, "kl_coefficient": coefficient}
-            if _over(algo, run):
+            if step + 1 < steps and _over(algo, run):
                 steps, run.ended_by = step + 1, _limit(algo)
                 run.progress.say(
                     f"ends after step {steps}: {run.ended_by}={OmegaConf.select(cfg, run.ended_by)} is passed."
