@@ -18,6 +18,7 @@ from alignkit.signature import Setting, settings_of
 GROUPS = ("model", "data", "reward", "algo", "preset")
 NEEDS = {  # what a stage cannot do without
     "sft": ("data", "algo"),
+    "pref": ("data", "algo"),
     "rl": ("data", "reward", "algo"),
     "evaluate": ("data",),
     "pipeline": ("steps",),
@@ -60,7 +61,9 @@ class Evaluate:
     max_new_tokens: int = 64
     batch_size: int = 250
     every: int = 50  # steps between evaluations on dev; 0: never
-    select: str = "bleu"  # dev metric that picks the best checkpoint: bleu | chrf | exact_match | reward
+    select: str = (
+        "bleu"  # dev metric that picks the best checkpoint: bleu | chrf | exact_match | reward | preference_accuracy
+    )
     final: str = "best"  # best | last: which weights become final/
     test: bool = True  # evaluate the test split, before and after RL, after SFT
     rows: int | None = None  # at most this many rows of each split
@@ -234,7 +237,7 @@ def check(cfg: DictConfig) -> None:
         ("model.kind", ("auto", "causal", "seq2seq")),
         ("evaluate.decode", ("greedy", "beam", "sample")),
         ("evaluate.final", ("best", "last")),
-        ("evaluate.select", ("bleu", "chrf", "exact_match", "length_ratio", "reward")),
+        ("evaluate.select", ("bleu", "chrf", "exact_match", "length_ratio", "reward", "preference_accuracy")),
         ("run.wandb", ("auto", "online", "offline", "disabled")),
         ("model.dtype", ("float32", "bfloat16", "float16")),
         ("model.compute", ("same", "bfloat16")),
@@ -274,8 +277,12 @@ def check(cfg: DictConfig) -> None:
         if node == "algo" and stage == "rl":
             value = _without_schedules(value, wrong)
         _walk(value, node, wrong)
-    if stage == "rl" and cfg.model.lora.dropout:
-        wrong.append("model.lora.dropout: has no effect in RL, which runs without dropout.")
+    if stage in ("rl", "pref") and cfg.model.lora.dropout:
+        wrong.append(f"model.lora.dropout: has no effect in stage {stage}, which runs without dropout.")
+    if stage == "pref" and cfg.data and not cfg.data.get("chosen"):
+        wrong.append(
+            "data.chosen: the pref stage needs pairs: templates data.chosen and data.rejected, or data=polite."
+        )
     if cfg.model.compute != "same" and cfg.model.gradient_checkpointing:
         wrong.append(
             "model.gradient_checkpointing: recomputes with the float32 weights, so it needs model.compute=same."

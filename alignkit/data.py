@@ -1,8 +1,8 @@
 """Rows from bundled files, local files, the hub and run directories, rendered through templates.
 
 A row is a dict: every column of the source, plus ``prompt`` (text or chat messages), ``response`` (text, absent
-for prompt-only data), ``references`` (accepted answers) and ``id`` (its index). The other columns reach the
-reward untouched.
+for prompt-only data), ``references`` (accepted answers) and ``id`` (its index); of pairs, ``chosen`` and ``rejected``
+(texts). The other columns reach the reward untouched.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ class Data:
     test: str | None = None  # source of the rows that are reported
     prompt: str = "{prompt}"  # template over the columns
     response: str | None = None  # template over the columns; null: prompts only
+    chosen: str | None = (
+        None  # template of the better response of a pair, which is then the response too; null: no pairs
+    )
+    rejected: str | None = None  # template of the worse one
     references: str | None = None  # column of accepted answers (text or list of texts); null: the response
     messages: str | None = None  # column of chat messages; the last assistant turn is the response
     chat: bool = False  # send the prompt as one user turn through the tokenizer's chat template
@@ -49,9 +53,13 @@ class Data:
 
     def __post_init__(self) -> None:
         self._read: dict[str, list[Row]] = {}
+        self.alike: dict[str, int] = {}  # split → pairs left out because both responses are the same
+        if (self.chosen is None) != (self.rejected is None):
+            raise UserError("data.chosen and data.rejected belong together: give both templates, or neither.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, is {self.limit}")
-        for key, template in (("prompt", self.prompt), ("response", self.response)):
+        for key in ("prompt", "response", "chosen", "rejected"):
+            template = getattr(self, key)
             try:
                 "".format() if template is None else template.format(**dict.fromkeys(_fields(template), ""))
             except (ValueError, IndexError, KeyError, AttributeError) as e:
@@ -74,6 +82,9 @@ class Data:
         seen = set()
         for where, columns in read(source):
             row = self._render(columns, where, len(rows))
+            if self.chosen is not None and row["chosen"] == row["rejected"]:
+                self.alike[split] = self.alike.get(split, 0) + 1
+                continue
             if split == "train" and self.unique:
                 key = json.dumps(row["prompt"])
                 if key in seen:
@@ -82,6 +93,10 @@ class Data:
             rows.append(row)
             if split == "train" and self.limit and len(rows) == self.limit:
                 break
+        if not rows and split in self.alike:
+            raise UserError(
+                f"{source}: in every pair both responses are the same. Look at data.chosen and data.rejected."
+            )
         if not rows:
             raise UserError(f"{source}: no rows. Point data.{split} at a file with at least one.")
         self._read[split] = rows
@@ -89,8 +104,8 @@ class Data:
 
     def texts(self) -> list[str]:
         """Prompts and responses of the training rows: what a tokenizer is trained on."""
-        rows = self.rows("train")
-        return [t for row in rows for t in (row["prompt"], row["response"]) if isinstance(t, str)]
+        keys = ("prompt", "response") if self.chosen is None else ("prompt", "chosen", "rejected")
+        return [t for row in self.rows("train") for key in keys if isinstance(t := row[key], str)]
 
     def fingerprint(self, splits: tuple[str, ...] = ("train", "dev", "test")) -> dict[str, str]:
         """Split → SHA-256 of its source, for the run record and for the check on resume."""
@@ -108,6 +123,12 @@ class Data:
             # held-out rows may carry their answers in `references` alone
             if self.response is not None and (_has(self.response, columns) or self.references not in columns):
                 row["response"] = _fill(self.response, columns, where, "data.response")
+        if self.chosen is not None and self.rejected is not None:
+            for key, template in (("chosen", self.chosen), ("rejected", self.rejected)):
+                row[key] = _fill(template, columns, where, f"data.{key}")
+                if not row[key].strip():
+                    raise UserError(f"{where}: the {key} response is empty. Complete the row, or take it out.")
+            row["response"] = row["chosen"] if row["response"] is None else row["response"]
         if self.system is not None and isinstance(row["prompt"], list):
             row["prompt"] = [{"role": "system", "content": self.system}, *row["prompt"]]
         references = columns.get(self.references) if self.references else None

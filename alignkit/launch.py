@@ -90,6 +90,13 @@ def _run(cfg: DictConfig, data: Data) -> dict[str, Any]:
         "rows": {split: len(found) for split, found in rows.items()},
         "sha256": fingerprint(cfg, data, wanted),
     }
+    for split, n in data.alike.items():
+        print(
+            f"warning: {n} {split} pairs are left out: both responses are the same ({len(rows[split])} remain).",
+            file=sys.stderr,
+        )
+    if data.alike:
+        record["alike"] = data.alike
     if "train" in rows:
         record["overlap"] = {split: overlap(rows["train"], rows[split]) for split in ("dev", "test") if rows[split]}
         for split, n in record["overlap"].items():

@@ -117,6 +117,21 @@ def rebel(log_ratios: Tensor, rewards: Tensor, eta: float, scaled: bool = False)
     return Loss(error.sum(), float(len(error)))
 
 
+def logistic(margins: Tensor, smoothing: float = 0.0, robust: bool = False) -> Tensor:
+    """(N,) -log sigmoid(d) of margins d (N,), with a share ``smoothing`` of the pairs taken for flipped.
+
+    l = -log sigmoid(d), l' = -log sigmoid(-d): (1 - e) l + e l', the conservative form; ((1 - e) l - e l') / (1 - 2e) where
+    ``robust``, whose mean over flips is l.
+    """
+    loss = -torch.nn.functional.logsigmoid(margins)
+    if not smoothing:
+        return loss
+    flipped = -torch.nn.functional.logsigmoid(-margins)
+    if robust:
+        return ((1 - smoothing) * loss - smoothing * flipped) / (1 - 2 * smoothing)
+    return (1 - smoothing) * loss + smoothing * flipped
+
+
 def preference(margins: Tensor, kind: str, beta: float) -> Tensor:
     """(N,) loss of each pair from margins (N,) = [log pi/ref of the chosen] - [of the rejected].
 
@@ -124,7 +139,7 @@ def preference(margins: Tensor, kind: str, beta: float) -> Tensor:
     paper's form (arXiv 2310.12036).
     """
     if kind == "dpo":
-        return -torch.nn.functional.logsigmoid(beta * margins)
+        return logistic(beta * margins)
     if kind == "ipo":
         return (margins - 1 / (2 * beta)).square()
     raise ValueError(f"the preference loss must be dpo or ipo, not '{kind}'")

@@ -25,10 +25,14 @@ class Sentences:
         return {name: _SCORE[name](weights @ stats) for name, stats in self.stats.items()}
 
 
-def sentences(responses: list[str], references: list[list[str]], rewards: list[float] | None = None) -> Sentences:
+def sentences(
+    responses: list[str], references: list[list[str]], measured: dict[str, list[float]] | None = None
+) -> Sentences:
     """Statistics of N responses against their accepted answers; rows may have any number of these.
 
-    With no references at all only ``reward`` is there.
+    Args:
+        measured: further values of each row, by name (``reward``, ``preference_accuracy``); with no references at all they
+            are all there is.
     """
     stats: dict[str, np.ndarray] = {}
     if any(references) and not all(references):
@@ -43,8 +47,8 @@ def sentences(responses: list[str], references: list[list[str]], rewards: list[f
         exact = [float(y in r) for y, r in zip(responses, references, strict=True)]
         stats["exact_match"] = _with_count(exact)
         stats["length_ratio"] = bleu[:, :2]  # (system length, closest reference length)
-    if rewards is not None:
-        stats["reward"] = _with_count(rewards)
+    for name, values in (measured or {}).items():
+        stats[name] = _with_count(values)
     return Sentences(stats)
 
 
@@ -114,4 +118,5 @@ _SCORE = {
     "exact_match": lambda sums: 100 * sums[:, 0] / sums[:, 1],
     "length_ratio": lambda sums: sums[:, 0] / sums[:, 1],
     "reward": lambda sums: sums[:, 0] / sums[:, 1],
+    "preference_accuracy": lambda sums: 100 * sums[:, 0] / sums[:, 1],
 }

@@ -340,3 +340,8 @@ def samples_by_capability(c: Tensor, k_min: int, k_max: int) -> Tensor:
 def temperature_by_capability(c: Tensor, tau_min: float, tau_max: float) -> Tensor:
     """(n,) temperature of each input: ``tau_min + (tau_max - tau_min) (1 - C)``; alignkit's rule, not the paper's."""
     return tau_min + (tau_max - tau_min) * (1 - c)
+
+
+def log_odds(averages: Tensor) -> Tensor:
+    """log(P / (1 - P)) of P = exp(a), elementwise, for a below 0 (arXiv 2403.07691)."""
+    return averages - torch.log(-torch.expm1(averages.clamp(max=-1e-7)))

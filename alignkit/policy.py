@@ -128,6 +128,12 @@ class Policy:
                 )
         return self._batch(rows, [ids[:max_tokens] for ids in self.encode_responses([r["response"] for r in rows])])
 
+    def pairs(self, rows: list[Row], max_tokens: int | None = None) -> Batch:
+        """Rows with a ``chosen`` and a ``rejected`` response: two rows a group, the chosen one first; longer ones are cut."""
+        both = [{**row, "response": row[side]} for row in rows for side in ("chosen", "rejected")]
+        batch = self.demonstrations(both, max_tokens)
+        return batch.with_(group=batch.group // 2)
+
     def generate(
         self,
         rows: list[Row],

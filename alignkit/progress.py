@@ -72,6 +72,8 @@ SHOWN = {  # metric → its short name on the bar
     "dev/bleu": "dev BLEU",
     "dev/exact_match": "dev EM",
     "dev/nll": "dev nll",
+    "preference_accuracy": "ranked right",
+    "dev/preference_accuracy": "dev ranked right %",
     "tokens_per_second": "tok/s",
     "share/sample": "sampling",
     "share/update": "updating",

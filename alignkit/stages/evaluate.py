@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,16 @@ Table = dict[str, dict[str, float]]
 class HeldOut:
     """The dev and test rows, and how they are decoded and scored."""
 
-    def __init__(self, cfg: Evaluate, data: Data, reward: Any, run: Run) -> None:
-        self.cfg, self.reward, self.run = cfg, reward, run
+    def __init__(
+        self,
+        cfg: Evaluate,
+        data: Data,
+        reward: Any,
+        run: Run,
+        ranked: Callable[[str, list[Row]], list[float]] | None = None,
+    ) -> None:
+        """``ranked``: of a split's pairs, 1 where the policy ranks one as the data do, 0 where not, a half where it is even."""
+        self.cfg, self.reward, self.run, self.ranked = cfg, reward, run, ranked
         self.rows = {split: data.rows(split)[: cfg.rows] for split in ("dev", "test")}
         if not cfg.test:
             self.rows["test"] = []
@@ -35,7 +44,7 @@ class HeldOut:
         if not self.rows["dev"]:
             return {}
         with self.run.phase("evaluate"):
-            scored = self._score(policy, self.rows["dev"])[0].scores(_ones(self.rows["dev"]))
+            scored = self._score(policy, "dev")[0].scores(_ones(self.rows["dev"]))
         return {f"dev/{name}": float(value[0]) for name, value in scored.items()}
 
     def selected(self, dev: dict[str, float]) -> float:
@@ -61,18 +70,19 @@ class HeldOut:
         if not rows:
             return {}
         with self.run.phase("evaluate"):
-            scored, entries = self._score(policy, rows)
+            scored, entries = self._score(policy, split)
         path = self.run.dir / f"outputs-{name}.jsonl"
         path.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), encoding="utf-8")
         tables = {split: metrics.summary(scored, self.cfg.bootstrap)}
         earlier = self.run.dir / "outputs-before.jsonl"
         if name == "after" and earlier.exists() and self.cfg.bootstrap:
             old = [json.loads(x) for x in earlier.read_text(encoding="utf-8").split("\n") if x]
-            before = metrics.sentences([e["response"] for e in old], [e["references"] for e in old], _rewards(old))
+            before = metrics.sentences([e["response"] for e in old], [e["references"] for e in old], _measured(old))
             tables["difference"] = metrics.difference(before, scored, self.cfg.bootstrap)
         return tables
 
-    def _score(self, policy: Policy, rows: list[Row]) -> tuple[metrics.Sentences, list[dict[str, Any]]]:
+    def _score(self, policy: Policy, split: str) -> tuple[metrics.Sentences, list[dict[str, Any]]]:
+        rows = self.rows[split]
         entries = []
         for first in range(0, len(rows), self.cfg.batch_size):
             batch = self._decode(policy, rows[first : first + self.cfg.batch_size], first)
@@ -80,8 +90,10 @@ class HeldOut:
             for row, response, score in zip(batch.rows, batch.responses, scores, strict=True):
                 entry = {"prompt": row["prompt"], "references": row["references"], "response": response}
                 entries.append(entry | ({} if score is None else {"reward": score}))
+        if self.ranked:
+            entries = [e | {"preference_accuracy": x} for e, x in zip(entries, self.ranked(split, rows), strict=True)]
         scored = metrics.sentences(
-            [e["response"] for e in entries], [e["references"] for e in entries], _rewards(entries)
+            [e["response"] for e in entries], [e["references"] for e in entries], _measured(entries)
         )
         if not scored.stats:
             raise UserError(
@@ -154,6 +166,7 @@ LABELS = {
     "exact_match": "exact match %",
     "length_ratio": "length ratio",
     "reward": "reward",
+    "preference_accuracy": "pairs ranked right %",
 }
 
 
@@ -163,8 +176,9 @@ def _cell(name: str, value: dict[str, float]) -> str:
     return text + (f" [{value['low']:.{digits}f}, {value['high']:.{digits}f}]" if "low" in value else "")
 
 
-def _rewards(entries: list[dict[str, Any]]) -> list[float] | None:
-    return [e["reward"] for e in entries] if entries and "reward" in entries[0] else None
+def _measured(entries: list[dict[str, Any]]) -> dict[str, list[float]]:
+    names = [n for n in ("reward", "preference_accuracy") if entries and n in entries[0]]
+    return {n: [e[n] for e in entries] for n in names}
 
 
 def _ones(rows: list[Row]) -> Any:

@@ -28,6 +28,8 @@ def fit(
     """
     steps = algo.steps or math.ceil(algo.epochs * len(rows) / algo.batch_size)
     optimizer = run.optimizer(policy, algo, steps)
+    if not run.checkpoint and run.cfg.model.path:  # what is built from scratch has nothing to show yet
+        run.begin(policy, optimizer, algo, held_out)
     with run.training(steps):
         for step in range(run.first_step, steps):
             run.seed_globally(step)

@@ -1,0 +1,43 @@
+"""What every method that learns from a data set brings to the loop of ``stages/fit.py``: settings, and no state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from alignkit.batch import Batch, Loss
+from alignkit.errors import need, need_adamw
+from alignkit.policy import Policy
+
+
+@dataclass(kw_only=True)
+class Fit:
+    """Settings of the supervised loop and of its optimizer."""
+
+    steps: int | None = None  # optimizer steps; null: what `epochs` says
+    epochs: float = 1.0  # passes over the training rows
+    batch_size: int = 64  # rows a step; of pairs, pairs
+    lr: float = 5e-4  # peak learning rate of AdamW
+    warmup: int = 100  # steps of linear warm-up
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "cosine"  # decay after the warm-up
+    floor: float = 0.0  # share of the peak rate that the decay ends at
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_grad_norm: float = 1.0
+    micro_tokens: int = 8192  # tokens of a micro-batch: memory and speed; the result only through dropout
+    max_response_tokens: int | None = None  # longer responses are cut
+
+    def __post_init__(self) -> None:
+        need(self, "batch_size >= 1", "micro_tokens >= 1", "steps >= 1", "epochs > 0", "max_response_tokens >= 1")
+        need_adamw(self)
+
+    def loss(self, policy: Policy, batch: Batch) -> Loss:
+        """The method's loss of one micro-batch."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(policy, batch)")
+
+    def state(self) -> dict[str, object]:
+        """What a step depends on besides weights, optimizer, seed and step."""
+        return {}
+
+    def load_state(self, state: dict[str, object]) -> None:
+        """Take back what ``state`` gave."""
