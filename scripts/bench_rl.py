@@ -157,10 +157,10 @@ def alignkit_worker(args: argparse.Namespace, say: Callable[..., None], wait: Ca
         def training(self, steps: int) -> Any:
             with super().training(steps):
                 say(idle_mb=idle_mb())
-                self.begin()
+                self.await_word()
                 yield
 
-        def begin(self) -> None:
+        def await_word(self) -> None:
             wait()
             self.old, self.peak = dict(self.ledger), 0.0
             reset_peak()
@@ -172,7 +172,7 @@ def alignkit_worker(args: argparse.Namespace, say: Callable[..., None], wait: Ca
             spent = {k: v - self.old.get(k, 0.0) for k, v in self.ledger.items()}
             phases = {p: spent[f"seconds/{p}"] for p in PHASES[:-1]}
             say(seconds=seconds, **phases, tokens=spent["tokens/sampled"], peak_mb=self.peak)
-            self.begin()
+            self.await_word()
 
     register()
     with tempfile.TemporaryDirectory() as folder:
