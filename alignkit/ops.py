@@ -345,3 +345,27 @@ def temperature_by_capability(c: Tensor, tau_min: float, tau_max: float) -> Tens
 def log_odds(averages: Tensor) -> Tensor:
     """log(P / (1 - P)) of P = exp(a), elementwise, for a below 0 (arXiv 2403.07691)."""
     return averages - torch.log(-torch.expm1(averages.clamp(max=-1e-7)))
+
+
+def length_ratio(ids: Tensor, mask: Tensor) -> Tensor:
+    """How alike the two responses of each pair are in length (arXiv 2404.00978, released code): ids, mask (N, 2, T) → (N,).
+
+    Both are measured from the first position at which they differ, end-of-sequence included: the shorter over the longer,
+    in [0, 1]. Two equal responses are as alike as can be: 1 (the released code gives 0).
+    """
+    first, second = (torch.where(mask[:, i], ids[:, i], -1) for i in (0, 1))
+    differ = first != second
+    divergence = differ.long().argmax(1)
+    lengths = mask.sum(2) - divergence[:, None]
+    ratio = lengths.amin(1) / lengths.amax(1).clamp(min=1)
+    return torch.where(differ.any(1), ratio, torch.ones_like(ratio))
+
+
+def angular(cosine: Tensor) -> Tensor:
+    """Similarity in [1/2, 1] from a cosine cut to [0, 1]: (pi - arccos c) / pi (arXiv 2404.00978, released code)."""
+    return 1 - torch.arccos(cosine.clamp(0, 1)) / torch.pi
+
+
+def ceiling(similarity: Tensor, beta1: float, beta2: float, beta3: float) -> Tensor:
+    """delta* = beta1 / (s + beta2) + beta3: the soft upper limit of a pair's margin (arXiv 2404.00978, released code)."""
+    return beta1 / (similarity + beta2) + beta3

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -57,3 +58,10 @@ def command(*words: str, cwd: Path | None = None, **env: str) -> subprocess.Comp
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def tokens(*lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask) of pairs of responses with these lengths, all of whose tokens differ: (N, 2, T) each."""
+    width = max(max(pair) for pair in lengths)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, :, None]
+    return torch.arange(1, mask.numel() + 1).view(mask.shape) * mask, mask

@@ -15,12 +15,17 @@ from alignkit.policy import Policy
 
 @dataclass
 class Pairs:
-    """N pairs: log-probabilities of whole responses under the policy and the reference, and their tokens; each (N, 2),
-    the chosen response first."""
+    """N pairs, the chosen response first: log-probabilities of whole responses and their tokens."""
 
-    logprobs: Tensor
-    ref_logprobs: Tensor | None
-    lengths: Tensor
+    logprobs: Tensor  # (N, 2) under the policy
+    ref_logprobs: Tensor | None  # (N, 2) under the start model
+    ids: Tensor  # (N, 2, T) int64
+    mask: Tensor  # (N, 2, T) bool
+
+    @property
+    def lengths(self) -> Tensor:
+        """(N, 2) tokens of each response."""
+        return self.mask.sum(2)
 
     @property
     def log_ratios(self) -> Tensor:
@@ -59,11 +64,21 @@ class Pref(Fit):
         """(N,) the loss of each pair."""
         raise NotImplementedError(f"{type(self).__name__} must define pair_losses(pairs)")
 
+    def metrics(self, pairs: Pairs) -> dict[str, float]:
+        """What this method alone has to log: means over pairs."""
+        return {}
+
     def pairs(self, policy: Policy, batch: Batch) -> Pairs:
         """The pairs of a batch whose rows are chosen, rejected, chosen, …"""
         summed = (policy.forward(batch) * batch.mask).sum(1)
         ref = batch.extra.get("ref_logprob")
-        return Pairs(summed.view(-1, 2), None if ref is None else ref.view(-1, 2), batch.lengths.view(-1, 2))
+        wide = (-1, 2, batch.mask.shape[1])
+        return Pairs(
+            summed.view(-1, 2),
+            None if ref is None else ref.view(-1, 2),
+            batch.response_ids.view(wide),
+            batch.mask.view(wide),
+        )
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         """The sum over pairs; divided by their number."""
@@ -76,6 +91,7 @@ class Pref(Fit):
                 "chosen_logprob": float(pairs.averages[:, 0].mean()),
                 "rejected_logprob": float(pairs.averages[:, 1].mean()),
             }
+            metrics |= self.metrics(pairs)
         return Loss(self.pair_losses(pairs).sum(), float(len(pairs.logprobs)), metrics)
 
 

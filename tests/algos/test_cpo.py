@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from running import tokens
 
 from alignkit.algos._pref import Pairs, right
 from alignkit.algos.cpo import CPO
@@ -11,7 +12,7 @@ from alignkit.algos.cpo import CPO
 CARD = Pairs(  # lp+ -10, lp- -14, ref -11, -13, lengths 5, 7
     torch.tensor([[-10.0, -14.0]], dtype=torch.float64),
     torch.tensor([[-11.0, -13.0]], dtype=torch.float64),
-    torch.tensor([[5, 7]]),
+    *tokens([5, 7]),
 )
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from running import tokens
 
 from alignkit.algos._pref import Pairs, right
 from alignkit.algos.dpo import DPO
@@ -13,7 +14,7 @@ from alignkit.algos.dpo import DPO
 CARD = Pairs(  # lp+ -10, lp- -14, ref -11, -13, lengths 5, 7
     torch.tensor([[-10.0, -14.0]], dtype=torch.float64),
     torch.tensor([[-11.0, -13.0]], dtype=torch.float64),
-    torch.tensor([[5, 7]]),
+    *tokens([5, 7]),
 )
 
 
@@ -26,14 +27,14 @@ def test_card_vectors(settings: dict, wanted: float) -> None:
 
 
 def test_at_the_start_model_every_pair_costs_ln_2_and_none_is_told_apart() -> None:
-    pairs = Pairs(CARD.logprobs, CARD.logprobs.clone(), CARD.lengths)
+    pairs = Pairs(CARD.logprobs, CARD.logprobs.clone(), CARD.ids, CARD.mask)
     assert DPO().pair_losses(pairs).tolist() == pytest.approx([math.log(2)])
     assert right(DPO().margins(pairs)).tolist() == [0.5]
 
 
 def test_the_robust_loss_is_unbiased() -> None:
     """Its mean over labels that are flipped with probability e is the loss of the true label."""
-    flipped = Pairs(CARD.logprobs.flip(1), CARD.ref_logprobs.flip(1), CARD.lengths.flip(1))
+    flipped = Pairs(CARD.logprobs.flip(1), CARD.ref_logprobs.flip(1), CARD.ids.flip(1), CARD.mask.flip(1))
     robust = DPO(smoothing=0.3, correction="robust")
     mean = 0.7 * robust.pair_losses(CARD) + 0.3 * robust.pair_losses(flipped)
     torch.testing.assert_close(mean, DPO().pair_losses(CARD))

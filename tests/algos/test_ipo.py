@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from running import tokens
 
 from alignkit.algos._pref import Pairs, right
 from alignkit.algos.ipo import IPO
@@ -11,7 +12,7 @@ from alignkit.algos.ipo import IPO
 CARD = Pairs(  # lp+ -10, lp- -14, ref -11, -13, lengths 5, 7
     torch.tensor([[-10.0, -14.0]], dtype=torch.float64),
     torch.tensor([[-11.0, -13.0]], dtype=torch.float64),
-    torch.tensor([[5, 7]]),
+    *tokens([5, 7]),
 )
 
 
@@ -23,7 +24,7 @@ def test_card_vectors(logprobs: str, wanted: float) -> None:
 
 def test_the_margin_aimed_at_is_one_over_two_beta() -> None:
     logprobs = torch.tensor([[-6.0, -11.0]])
-    pairs = Pairs(logprobs, torch.tensor([[-8.0, -8.0]]), torch.tensor([[2, 2]]))
+    pairs = Pairs(logprobs, torch.tensor([[-8.0, -8.0]]), *tokens([2, 2]))
     assert IPO(beta=0.1).pair_losses(pairs).tolist() == pytest.approx([0.0])
     assert right(IPO().margins(pairs)).tolist() == [1.0]
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from running import tokens
 
 from alignkit.algos._pref import Pairs
 from alignkit.algos.orpo import ORPO
@@ -13,10 +14,10 @@ from alignkit.algos.orpo import ORPO
 CARD = Pairs(  # lp+ -10, lp- -14, ref -11, -13, lengths 5, 7
     torch.tensor([[-10.0, -14.0]], dtype=torch.float64),
     torch.tensor([[-11.0, -13.0]], dtype=torch.float64),
-    torch.tensor([[5, 7]]),
+    *tokens([5, 7]),
 )
 
-AVERAGES = Pairs(torch.tensor([[-2.0, -3.0]], dtype=torch.float64), None, torch.tensor([[4, 4]]))  # -.5 and -.75
+AVERAGES = Pairs(torch.tensor([[-2.0, -3.0]], dtype=torch.float64), None, *tokens([4, 4]))  # -.5 and -.75
 
 
 def test_card_vectors() -> None:
@@ -27,13 +28,13 @@ def test_card_vectors() -> None:
 
 
 def test_equal_averages_cost_ln_2() -> None:
-    pairs = Pairs(torch.tensor([[-2.0, -1.0]]), None, torch.tensor([[4, 2]]))
+    pairs = Pairs(torch.tensor([[-2.0, -1.0]]), None, *tokens([4, 2]))
     assert (ORPO(weight=1.0).pair_losses(pairs) - 0.5).tolist() == pytest.approx([math.log(2)])
 
 
 def test_a_certain_response_has_finite_odds_and_gradient() -> None:
     logprobs = torch.tensor([[0.0, -3.0]], requires_grad=True)
-    ORPO().pair_losses(Pairs(logprobs, None, torch.tensor([[1, 2]]))).sum().backward()
+    ORPO().pair_losses(Pairs(logprobs, None, *tokens([1, 2]))).sum().backward()
     assert torch.isfinite(logprobs.grad).all()
 
 

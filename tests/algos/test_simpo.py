@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from running import tokens
 
 from alignkit.algos._pref import Pairs, right
 from alignkit.algos.simpo import SimPO
@@ -11,10 +12,10 @@ from alignkit.algos.simpo import SimPO
 CARD = Pairs(  # lp+ -10, lp- -14, ref -11, -13, lengths 5, 7
     torch.tensor([[-10.0, -14.0]], dtype=torch.float64),
     torch.tensor([[-11.0, -13.0]], dtype=torch.float64),
-    torch.tensor([[5, 7]]),
+    *tokens([5, 7]),
 )
 
-AVERAGES = Pairs(torch.tensor([[-2.0, -3.0]], dtype=torch.float64), None, torch.tensor([[4, 4]]))  # -.5 and -.75
+AVERAGES = Pairs(torch.tensor([[-2.0, -3.0]], dtype=torch.float64), None, *tokens([4, 4]))  # -.5 and -.75
 
 
 def test_card_vector() -> None:
@@ -23,7 +24,7 @@ def test_card_vector() -> None:
 
 
 def test_length_does_not_count() -> None:
-    longer = Pairs(AVERAGES.logprobs * torch.tensor([[1.0, 5.0]]), None, AVERAGES.lengths * torch.tensor([[1, 5]]))
+    longer = Pairs(AVERAGES.logprobs * torch.tensor([[1.0, 5.0]]), None, *tokens([4, 20]))
     assert SimPO().pair_losses(longer).tolist() == pytest.approx(SimPO().pair_losses(AVERAGES).tolist())
 
 
