@@ -52,7 +52,7 @@ class Run:
         self.before: dict[str, Any] | None = None  # evaluation before training
         self.state: dict[str, Any] = {}  # of the checkpoint that is resumed
         self.stop_asked = False
-        self.ended_by = "algo.steps" if cfg.algo.get("steps", 0) is not None else "algo.epochs"  # what set the end
+        self.ended_by = "algo.steps"  # the setting that set the end
         self._seen: dict[str, float] = {}  # the ledger when `speed` was last asked
         self._order: tuple[int, int, list[int]] = (-1, -1, [])
         _keep_freed_memory()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from running import SMALL_CAUSAL, SMALL_RL, SMALL_SEQ2SEQ, command, composed, lines, train
+from running import SMALL_CAUSAL, SMALL_RL, SMALL_RUN, SMALL_SEQ2SEQ, command, composed, lines, train
 
 from alignkit.algos.grpo import GRPO
 from alignkit.algos.ppo import PPO
@@ -293,3 +293,9 @@ def test_a_bad_file_beside_the_others_does_not_hide_them(tmp_path: Path) -> None
     (tmp_path / "algo" / "mine.yaml").write_text("name: [mine\n")
     listed = command("list", "--config-dir", str(tmp_path))
     assert listed.returncode == 2 and "mine.yaml: not valid YAML" in listed.stderr
+
+
+@pytest.mark.parametrize(("words", "by"), [(["algo.epochs=0.5"], "algo.epochs"), (["algo.steps=2"], "algo.steps")])
+def test_a_data_set_ends_by_epochs_or_steps(tmp_path: Path, words: list[str], by: str) -> None:
+    sft = ["+algo=sft", *SMALL_SEQ2SEQ, "data=rnnlg", *SMALL_RUN, "algo.batch_size=8", "algo.warmup=0"]
+    assert train(tmp_path, *sft, "evaluate.test=false", *words)[0]["ended_by"] == by

@@ -27,6 +27,7 @@ def fit(
     The algorithm brings batch_size, steps or epochs, lr, warmup, schedule, max_grad_norm and micro_tokens.
     """
     steps = algo.steps or math.ceil(algo.epochs * len(rows) / algo.batch_size)
+    run.ended_by = "algo.steps" if algo.steps else "algo.epochs"
     optimizer = run.optimizer(policy, algo, steps)
     if not run.checkpoint and run.cfg.model.path:  # what is built from scratch has nothing to show yet
         run.begin(policy, optimizer, algo, held_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Pref, reward: Any) -> dict[
     model: Model = OmegaConf.to_object(cfg.model)  # type: ignore[assignment]
     policy = load(model, cfg.seed, data.texts(), run.checkpoint)
     policy.drop_dropout()  # the loss compares with a model that has none
-    references = References(cfg, data, algo, policy)
+    references = References(cfg, data, algo)
     _tell_cut(policy, rows, algo, run)
 
     def collate(split: str, part: list[Row]) -> Batch:
@@ -49,8 +50,8 @@ class References:
     """The start model's log-probabilities of whole responses: computed once a split, kept on disk for all runs that share
     start model, rows and cut, below ``run.root``."""
 
-    def __init__(self, cfg: DictConfig, data: Data, algo: Pref, policy: Policy) -> None:
-        self.cfg, self.data, self.algo, self.policy = cfg, data, algo, policy
+    def __init__(self, cfg: DictConfig, data: Data, algo: Pref) -> None:
+        self.cfg, self.data, self.algo = cfg, data, algo
         self.model: Model = OmegaConf.to_object(cfg.model)  # type: ignore[assignment]
         self.known: dict[str, Tensor] = {}  # split → (N, 2), by the row's id
 
@@ -81,7 +82,7 @@ class References:
                     summed[piece.extra["row"].cpu()] = (start.forward(piece) * piece.mask).sum(1).float().cpu()
             found[first : first + len(part)] = summed.view(-1, 2)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(f".{os.getpid()}.partial")  # jobs of a sweep may come here at the same time
         save_file({"logprobs": found}, partial)
         partial.rename(file)
         return found
