@@ -132,7 +132,7 @@ class Policy:
         """Rows with a ``chosen`` and a ``rejected`` response: two rows a group, the chosen one first; longer ones are cut."""
         both = [{**row, "response": row[side]} for row in rows for side in ("chosen", "rejected")]
         batch = self.demonstrations(both, max_tokens)
-        return batch.with_(group=batch.group // 2)
+        return batch.with_(group=batch.group // 2, rows=[row for row in rows for _ in range(2)])
 
     def generate(
         self,

@@ -107,6 +107,7 @@ def test_chosen_and_rejected_changed_over_turn_the_margin(name: str, policy, pai
 def test_pairs_share_a_group_and_the_chosen_response_comes_first(policy, pairs) -> None:
     batch = policy.pairs(pairs, max_tokens=3)
     assert batch.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert all(batch.rows[i] is pairs[i // 2] for i in range(12))
     assert batch.responses[:2] == [pairs[0]["chosen"], pairs[0]["rejected"]]
     assert int(batch.lengths.max()) == 3
 
