@@ -2,137 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from alignkit import ops
 from alignkit.batch import Batch
-from alignkit.config import Lora, Model
+from alignkit.config import Model
 from alignkit.critic import ValueModel
 from alignkit.data import Row
 from alignkit.decode import Decode, decode
-from alignkit.errors import UserError, suggest
+from alignkit.errors import UserError
+from alignkit.loading import kind_of, read
+from alignkit.reader import Reader
 from alignkit.scoring import Piece, by_parts, scatter, teacher_forced
 
-transformers_logging.disable_progress_bar()  # the run has a bar of its own
 
-BUNDLED = Path(__file__).parent / "assets" / "models"
-T = TypeVar("T")
-
-
-class Policy:
+class Policy(Reader):
     """A causal or encoder–decoder language model behind one interface."""
 
     def __init__(self, model: Any, tokenizer: Any, compute: torch.dtype = torch.float32) -> None:
-        self.model = model
-        self.compute = compute  # precision of sampling and of the forward and backward pass
+        super().__init__(model, tokenizer, compute)
         self.critic: ValueModel | None = None
-        self.tokenizer = tokenizer
-        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        self.eos = _eos_ids(model, tokenizer)
-        self.pad = tokenizer.pad_token_id
-        self._start: list[int] = []
-        if self.is_encoder_decoder:
-            self._start = [model.config.decoder_start_token_id]
-            forced = getattr(model.generation_config, "forced_bos_token_id", None)
-            if forced is not None:
-                self._start.append(forced)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def max_positions(self) -> int:
-        """Tokens that the positions allow; large when the architecture sets no limit."""
-        limit = getattr(self.model.config, "max_position_embeddings", None) or getattr(
-            self.model.config, "n_positions", None
-        )
-        relative = self.model.config.model_type in ("t5", "mt5", "umt5", "longt5")
-        return 10**9 if relative or not limit else int(limit)
-
-    def encode_prompts(self, rows: list[Row]) -> list[list[int]]:
-        """Token ids of each row's prompt; chat messages go through the tokenizer's own template.
-
-        Raises:
-            UserError: a prompt longer than the model's positions, or a chat without a chat template.
-        """
-        texts = [row["prompt"] for row in rows]
-        plain = [t for t in texts if isinstance(t, str)]
-        encoded = iter(self.tokenizer(plain)["input_ids"] if plain else [])
-        ids = []
-        for row, text in zip(rows, texts, strict=True):
-            if isinstance(text, str):
-                one = next(encoded)
-                if not self.is_encoder_decoder:
-                    if one and one[-1] in self.eos:
-                        one = one[:-1]  # some tokenizers close every text; a causal prompt must stay open
-                    if not one:  # a causal model needs a token to start from
-                        one = [self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.eos[0]]
-            else:
-                if not self.tokenizer.chat_template:
-                    raise UserError(
-                        "the data are chat messages, but the tokenizer has no chat template. Use an instruct model, "
-                        "or render the prompt as text with data.prompt."
-                    )
-                one = self.tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=True)[
-                    "input_ids"
-                ]
-            if len(one) > self.max_positions:
-                raise UserError(
-                    f"the prompt of row {row['id']} has {len(one)} tokens; the model takes {self.max_positions}: "
-                    f"{str(text)[:60]!r}… Shorten or drop such rows."
-                )
-            ids.append(one)
-        return ids
-
-    def encode_responses(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, closed with the end-of-sequence token."""
-        if self.is_encoder_decoder:
-            encoded = self.tokenizer(text_target=texts, split_special_tokens=True)["input_ids"]
-            # what the decoder is given as its prefix is not part of the response
-            skip = len(self._start) - 1
-            encoded = [ids[skip:] if skip and ids[:skip] == self._start[1:] else ids for ids in encoded]
-        else:
-            encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [ids if ids and ids[-1] in self.eos else [*ids, self.eos[0]] for ids in encoded]
-
-    def demonstrations(self, rows: list[Row], max_tokens: int | None = None) -> Batch:
-        """Rows with their ``response`` as the response, one group each; longer responses are cut.
-
-        Raises:
-            UserError: a row without a response.
-        """
-        for row in rows:
-            if row["response"] is None:
-                raise UserError(
-                    f"training row {row['id']} has no response. Set data.response to a template over the columns."
-                )
-        return self._batch(rows, [ids[:max_tokens] for ids in self.encode_responses([r["response"] for r in rows])])
-
-    def pairs(self, rows: list[Row], max_tokens: int | None = None) -> Batch:
-        """Rows with a ``chosen`` and a ``rejected`` response: two rows a group, the chosen one first; longer ones are cut."""
-        both = [{**row, "response": row[side]} for row in rows for side in ("chosen", "rejected")]
-        batch = self.demonstrations(both, max_tokens)
-        return batch.with_(group=batch.group // 2, rows=[row for row in rows for _ in range(2)])
 
     def generate(
         self,
@@ -177,10 +74,6 @@ class Policy:
             | {name: x for name, x in (("entropy", out.entropy), ("top", out.top)) if x is not None},
         )
 
-    def _ended(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B,) bool: whether each row's last token that counts is an end-of-sequence token."""
-        return (torch.isin(ids, torch.tensor(self.eos, device=ids.device)) & mask).any(1)
-
     def decode_text(self, ids: Tensor, mask: Tensor) -> list[str]:
         """(B, T) ids → B texts without special tokens."""
         kept = [row[: int(m.sum())].tolist() for row, m in zip(ids, mask, strict=True)]
@@ -223,23 +116,6 @@ class Policy:
             mask,
         )
 
-    def _computed(self, work: Callable[[], T], model: Any = None) -> T:
-        """``work()`` with the model's weights in ``compute`` precision; gradients reach the float32 weights.
-
-        The cast stands in the graph, so that gradients of micro-batches add up in float32.
-        """
-        model = self.model if model is None else model
-        if self.compute == next(model.parameters()).dtype:
-            return work()
-        cast = {f"model.{name}": p.to(self.compute) for name, p in model.named_parameters()}
-        cast |= {
-            f"model.{name}": b.to(self.compute)
-            for name, b in model.named_buffers()
-            if b.is_floating_point() and not name.endswith("inv_freq")  # rotary angles need float32
-        }
-        result: T = torch.func.functional_call(_Swapped(model), cast, (work,))
-        return result
-
     def beam(self, rows: list[Row], beams: int, max_new_tokens: int) -> Batch:
         """The best of a beam search for each row, by transformers' own search."""
         prompt_ids, prompt_mask = self._pad(self.encode_prompts(rows), "right" if self.is_encoder_decoder else "left")
@@ -255,29 +131,11 @@ class Policy:
         group = torch.arange(len(rows), device=self.device)
         return Batch(prompt_ids, prompt_mask, ids, mask, group, rows, self.decode_text(ids, mask))
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
-
     def train(self, mode: bool) -> None:
         """Training or evaluation mode, of a critic's own trunk too."""
         self.model.train(mode)
         if self.critic is not None:
             self.critic.train(mode)
-
-    def drop_dropout(self) -> None:
-        """Make training mode equal to evaluation mode: RL samples and scores one and the same distribution."""
-        for module in self.model.modules():
-            for name, value in vars(module).items():
-                if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
-                    setattr(module, name, 0.0)
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
 
     def restore(self, checkpoint: Path) -> None:
         """Load the weights of a checkpoint of this very policy in place."""
@@ -299,51 +157,6 @@ class Policy:
         if hasattr(self.model, "merge_and_unload"):
             self.model = self.model.merge_and_unload()
         self.save(path)
-
-    def lint(self) -> list[str]:
-        """What is wrong with the special tokens, as sentences: an empty list when nothing is."""
-        found = []
-        if self.pad in self.eos:
-            found.append(
-                "pad_token is eos_token: the end of a response cannot be told from padding by its id. alignkit masks by "
-                "position, but other tools may train a model that never stops; give the tokenizer a pad token of its own."
-            )
-        return found
-
-    def _batch(self, rows: list[Row], responses: list[list[int]]) -> Batch:
-        prompt_ids, prompt_mask = self._pad(self.encode_prompts(rows), "right" if self.is_encoder_decoder else "left")
-        ids, mask = self._pad(responses, "right")
-        return Batch(
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask,
-            response_ids=ids,
-            mask=mask,
-            group=torch.arange(len(rows), device=self.device),
-            rows=rows,
-            responses=[row["response"] for row in rows],
-            extra={"ended": self._ended(ids, mask)},
-        )
-
-    def _pad(self, sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
-        width = max(len(s) for s in sequences)
-        ids, mask = [], []
-        for s in sequences:
-            fill = [self.pad] * (width - len(s))
-            ids.append(fill + s if side == "left" else s + fill)
-            ones, zeros = [True] * len(s), [False] * len(fill)
-            mask.append(zeros + ones if side == "left" else ones + zeros)
-        return torch.tensor(ids, dtype=torch.long, device=self.device), torch.tensor(mask, device=self.device)
-
-
-class _Swapped(torch.nn.Module):
-    """Lets ``functional_call`` put other weights into a model while some work is done with it."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, work: Callable[[], T]) -> T:
-        return work()
 
 
 def reference(policy: Policy, cfg: Model, seed: int, texts: list[str], budget: int) -> Callable[[Batch], Tensor]:
@@ -373,207 +186,29 @@ def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None =
         texts: what a tokenizer is trained on, where the model is built from scratch.
 
     Raises:
-        UserError: no such model, a folder without weights, a model of the other kind, no end-of-sequence token.
+        UserError: what ``loading.read`` refuses, a model that does not generate, no end-of-sequence token.
     """
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(
-            f"model.device={device}: torch {torch.__version__} cannot use it ({str(e).splitlines()[0]})."
-        ) from None
-    dtype = getattr(torch, cfg.dtype)
-    if checkpoint and not cfg.lora.r:
-        model, tokenizer = _pretrained(str(checkpoint), cfg, dtype)
-    elif cfg.path:
-        model, tokenizer = _pretrained(resolve(cfg.path), cfg, dtype)
-    elif cfg.config:
-        model, tokenizer = _from_scratch(cfg, texts, seed)
-        model = model.to(dtype)
-    else:
-        raise UserError("model: give model.path (an id, a folder, a run) or model.config (built from scratch).")
+    model, tokenizer, compute = read(cfg, seed, texts, checkpoint, _auto, _task)
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no end-of-sequence token, so a response could never end. Set eos_token in it."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if cfg.compute == "bfloat16" and device == "cpu" and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("sdpa_float32")
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if cfg.lora.r:
-        model = _with_lora(model, cfg.lora, checkpoint, seed)
-    compute = torch.bfloat16 if cfg.compute == "bfloat16" else dtype
-    policy = Policy(model.to(device).eval(), tokenizer, compute)
+    policy = Policy(model, tokenizer, compute)
     for found in policy.lint():
         print(f"warning: {found}", file=sys.stderr)
     return policy
 
 
-def resolve(path: str) -> str:
-    """``bundled:NAME`` and run directories → the folder that holds the weights; the rest is returned as is.
-
-    Raises:
-        UserError: unknown bundled name, a folder without a model in it.
-    """
-    if path.startswith("bundled:"):
-        folder = BUNDLED / path.removeprefix("bundled:")
-        if not folder.is_dir():
-            raise UserError(
-                f"model.path={path}: not bundled.{suggest(folder.name, [p.name for p in BUNDLED.glob('*')])}"
-            )
-        return str(folder)
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise UserError(f"model.path={path}: no such folder.")
-        if folder.parent.is_dir() and "/" in path:
-            near = [str(p) for p in folder.parent.iterdir() if p.is_dir()]
-            raise UserError(f"model.path={path}: no such run or folder.{suggest(path, near)}")
-        return path  # a hub id
-    if (folder / "final").is_dir():
-        folder = folder / "final"
-    elif not (folder / "config.json").exists():
-        saved = sorted(
-            (p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()),
-            key=lambda p: int(p.name.rpartition("-")[2]),
-        )
-        if not saved:
-            raise UserError(f"model.path={path}: neither a model (config.json) nor a run with final/ or checkpoint-N/.")
-        folder = saved[-1]
-    if (folder / "adapter_config.json").exists():
+def _auto(config: Any) -> Any:
+    kind = kind_of(config)
+    if kind == "encoder":
         raise UserError(
-            f"model.path={path}: {folder.name} is a LoRA adapter alone. Finish the run: its final/ is a whole model."
+            f"model: {config.model_type} is an encoder, which writes no text: it can be a reward model alone."
         )
-    weights = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name.endswith(".safetensors.index.json")]
-    if not weights:
-        raise UserError(f"model.path={path}: {folder} has no weights (*.safetensors). Other formats are not loaded.")
-    return str(folder)
+    return AutoModelForSeq2SeqLM if kind == "seq2seq" else AutoModelForCausalLM
 
 
-def _pretrained(path: str, cfg: Model, dtype: torch.dtype) -> tuple[Any, Any]:
-    try:
-        config = AutoConfig.from_pretrained(path)
-        kind = "seq2seq" if config.is_encoder_decoder else "causal"
-        if cfg.kind not in ("auto", kind):
-            raise UserError(f"model.path={path} is a {kind} model, but model.kind={cfg.kind} was asked for.")
-        auto = AutoModelForSeq2SeqLM if kind == "seq2seq" else AutoModelForCausalLM
-        loaded: Any = auto.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        model, info = loaded
-        tokenizer = _tokenizer(cfg.tokenizer or path)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        reason = str(e).split("\n")[0]
-        raise UserError(
-            f"model.path={path}: cannot be loaded ({type(e).__name__}: {reason}). Check the id or folder; with "
-            f"HF_HUB_OFFLINE=1 only what lies in the cache is found."
-        ) from None
-    if info["missing_keys"]:
-        raise UserError(f"model.path={path}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}.")
-    return model, tokenizer
-
-
-def _tokenizer(path: str) -> Any:
-    file = Path(path) / "tokenizer_config.json"
-    if file.is_file():
-        named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class")
-        if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-            return PreTrainedTokenizerFast.from_pretrained(path)
-    return AutoTokenizer.from_pretrained(path)
-
-
-def _from_scratch(cfg: Model, texts: list[str], seed: int) -> tuple[Any, Any]:
-    settings = dict(cfg.config)
-    try:
-        tokenizer = _tokenizer(cfg.tokenizer) if cfg.tokenizer else train_tokenizer(texts, cfg.vocab_size)
-    except (OSError, ValueError) as e:
-        raise UserError(f"model.tokenizer={cfg.tokenizer}: cannot be loaded ({str(e).splitlines()[0]}).") from None
-    if "model_type" not in settings:
-        raise UserError("model.config: give model_type (for example m2m_100, t5, llama); the rest are its settings.")
-    try:
-        config = AutoConfig.for_model(
-            settings.pop("model_type"),
-            **{
-                "vocab_size": len(tokenizer),
-                "pad_token_id": tokenizer.pad_token_id,
-                "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-                "decoder_start_token_id": tokenizer.bos_token_id,
-                **settings,
-            },
-        )
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        torch.manual_seed(seed)
-        return auto.from_config(config), tokenizer
-    except (ValueError, TypeError, StrictDataclassError) as e:
-        raise UserError(f"model.config: {' '.join(str(e).split())[:300]}") from None
-
-
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: every text can be written, none is unknown, and decoding gives it back."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _with_lora(model: Any, lora: Lora, checkpoint: Path | None, seed: int) -> Any:
-    """The model with adapters: of the checkpoint, or new ones drawn from ``seed``.
-
-    Raises:
-        UserError: ``target_modules`` names none of the model's layers.
-    """
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
-    if checkpoint:
-        return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
-    targets = lora.target_modules
-    if targets is None and model.config.model_type not in KNOWN:
-        targets = "all-linear"
-    torch.manual_seed(seed)
-    try:
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=lora.r,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=targets if targets is None or isinstance(targets, str) else list(targets),
-                task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
-            ),
-        )
-    except ValueError as e:
-        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        raise UserError(
-            f"model.lora: {str(e).split(chr(10))[0]} Set model.lora.target_modules; linear layers are: "
-            f"{', '.join(sorted(linear))}."
-        ) from None
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end-of-sequence id first, then what the generation config adds."""
-    extra = model.generation_config.eos_token_id if model.generation_config else None
-    ids = [tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])]
-    return list(dict.fromkeys(i for i in ids if i is not None))
+def _task(config: Any) -> str:
+    return "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"

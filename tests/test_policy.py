@@ -17,7 +17,8 @@ from alignkit.config import Lora, Model
 from alignkit.data import Data
 from alignkit.decode import Decode
 from alignkit.errors import UserError
-from alignkit.policy import Policy, load, resolve, train_tokenizer
+from alignkit.loading import resolve, train_tokenizer
+from alignkit.policy import Policy, load
 from alignkit.rewards.rule import Answer
 
 TEXTS = ["the cat sat", "a dog ran far", "birds sing", "we eat apples and bread", "rain", "open the old door slowly"]

@@ -16,7 +16,8 @@ from alignkit.algos._pref import Pref, right
 from alignkit.batch import Batch
 from alignkit.config import Model
 from alignkit.data import Data, Row
-from alignkit.policy import Policy, load, resolve
+from alignkit.loading import resolve
+from alignkit.policy import Policy, load
 from alignkit.run import Run, hash_weights
 from alignkit.stages.evaluate import HeldOut
 from alignkit.stages.fit import fit

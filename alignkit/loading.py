@@ -1,0 +1,234 @@
+"""From the settings of ``model`` to a transformers model and its tokenizer: hub, folder, run, bundled, or from scratch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from alignkit.config import Lora, Model
+from alignkit.errors import UserError, suggest
+
+transformers_logging.disable_progress_bar()  # the run has a bar of its own
+
+BUNDLED = Path(__file__).parent / "assets" / "models"
+Auto = Callable[[Any], Any]  # a model's configuration → the transformers class that builds it
+
+
+def kind_of(config: Any) -> str:
+    """``seq2seq``, ``encoder`` (bidirectional) or ``causal``, of a model's configuration."""
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    return "encoder" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder else "causal"
+
+
+def read(
+    cfg: Model, seed: int, texts: list[str], checkpoint: Path | None, auto: Auto, task: Callable[[Any], str | None]
+) -> tuple[Any, Any, torch.dtype]:
+    """(model in evaluation mode, tokenizer, precision to compute in) as ``cfg`` describes them.
+
+    Args:
+        texts: what a tokenizer is trained on, where the model is built from scratch.
+        checkpoint: folder of the weights with which a run goes on.
+        task: a model's configuration → peft's name of the task, for adapters.
+
+    Raises:
+        UserError: no such model, a folder without weights, a model of another kind, a device that is not there.
+    """
+    device = cfg.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(
+            f"model.device={device}: torch {torch.__version__} cannot use it ({str(e).splitlines()[0]})."
+        ) from None
+    dtype = getattr(torch, cfg.dtype)
+    if checkpoint and not cfg.lora.r:
+        model, tokenizer = _pretrained(str(checkpoint), cfg, dtype, auto)
+    elif cfg.path:
+        model, tokenizer = _pretrained(resolve(cfg.path), cfg, dtype, auto)
+    elif cfg.config:
+        model, tokenizer = _from_scratch(cfg, texts, seed, auto)
+        model = model.to(dtype)
+    else:
+        raise UserError("model: give model.path (an id, a folder, a run) or model.config (built from scratch).")
+    if cfg.compute == "bfloat16" and device == "cpu" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("sdpa_float32")
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.lora.r:
+        model = _with_lora(model, cfg.lora, checkpoint, seed, task(model.config))
+    return model.to(device).eval(), tokenizer, torch.bfloat16 if cfg.compute == "bfloat16" else dtype
+
+
+def resolve(path: str) -> str:
+    """``bundled:NAME`` and run directories → the folder that holds the weights; the rest is returned as is.
+
+    Raises:
+        UserError: unknown bundled name, a folder without a model in it.
+    """
+    if path.startswith("bundled:"):
+        folder = BUNDLED / path.removeprefix("bundled:")
+        if not folder.is_dir():
+            raise UserError(
+                f"model.path={path}: not bundled.{suggest(folder.name, [p.name for p in BUNDLED.glob('*')])}"
+            )
+        return str(folder)
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise UserError(f"model.path={path}: no such folder.")
+        if folder.parent.is_dir() and "/" in path:
+            near = [str(p) for p in folder.parent.iterdir() if p.is_dir()]
+            raise UserError(f"model.path={path}: no such run or folder.{suggest(path, near)}")
+        return path  # a hub id
+    if (folder / "final").is_dir():
+        folder = folder / "final"
+    elif not (folder / "config.json").exists():
+        saved = sorted(
+            (p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()),
+            key=lambda p: int(p.name.rpartition("-")[2]),
+        )
+        if not saved:
+            raise UserError(f"model.path={path}: neither a model (config.json) nor a run with final/ or checkpoint-N/.")
+        folder = saved[-1]
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"model.path={path}: {folder.name} is a LoRA adapter alone. Finish the run: its final/ is a whole model."
+        )
+    weights = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name.endswith(".safetensors.index.json")]
+    if not weights:
+        raise UserError(f"model.path={path}: {folder} has no weights (*.safetensors). Other formats are not loaded.")
+    return str(folder)
+
+
+def _pretrained(path: str, cfg: Model, dtype: torch.dtype, auto: Auto) -> tuple[Any, Any]:
+    try:
+        config = AutoConfig.from_pretrained(path)
+        kind = kind_of(config)
+        if cfg.kind not in ("auto", kind):
+            raise UserError(f"model.path={path} is a {kind} model, but model.kind={cfg.kind} was asked for.")
+        loaded: Any = auto(config).from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        model, info = loaded
+        tokenizer = read_tokenizer(cfg.tokenizer or path)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        reason = str(e).split("\n")[0]
+        raise UserError(
+            f"model.path={path}: cannot be loaded ({type(e).__name__}: {reason}). Check the id or folder; with "
+            f"HF_HUB_OFFLINE=1 only what lies in the cache is found."
+        ) from None
+    missing = sorted(name for name in info["missing_keys"] if "pooler." not in name)  # which nothing here reads
+    if missing:
+        raise UserError(f"model.path={path}: the weights lack {', '.join(missing[:3])}.")
+    return model, tokenizer
+
+
+def read_tokenizer(path: str) -> Any:
+    """The tokenizer of a folder or a hub id."""
+    file = Path(path) / "tokenizer_config.json"
+    if file.is_file():
+        named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class")
+        if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+            return PreTrainedTokenizerFast.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _from_scratch(cfg: Model, texts: list[str], seed: int, auto: Auto) -> tuple[Any, Any]:
+    settings = dict(cfg.config)
+    try:
+        tokenizer = read_tokenizer(cfg.tokenizer) if cfg.tokenizer else train_tokenizer(texts, cfg.vocab_size)
+    except (OSError, ValueError) as e:
+        raise UserError(f"model.tokenizer={cfg.tokenizer}: cannot be loaded ({str(e).splitlines()[0]}).") from None
+    if "model_type" not in settings:
+        raise UserError(
+            "model.config: give model_type (for example m2m_100, t5, llama, bert); the rest are its settings."
+        )
+    try:
+        config = AutoConfig.for_model(
+            settings.pop("model_type"),
+            **{
+                "vocab_size": len(tokenizer),
+                "pad_token_id": tokenizer.pad_token_id,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "decoder_start_token_id": tokenizer.bos_token_id,
+                **settings,
+            },
+        )
+        if cfg.kind not in ("auto", kind_of(config)):
+            raise UserError(f"model.config is a {kind_of(config)} model, but model.kind={cfg.kind} was asked for.")
+        torch.manual_seed(seed)
+        return auto(config).from_config(config), tokenizer
+    except (ValueError, TypeError, StrictDataclassError) as e:
+        raise UserError(f"model.config: {' '.join(str(e).split())[:300]}") from None
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: every text can be written, none is unknown, and decoding gives it back."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _with_lora(model: Any, lora: Lora, checkpoint: Path | None, seed: int, task: str | None) -> Any:
+    """The model with adapters: of the checkpoint, or new ones drawn from ``seed``.
+
+    Raises:
+        UserError: ``target_modules`` names none of the model's layers.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    if checkpoint:
+        return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+    targets = lora.target_modules
+    if targets is None and model.config.model_type not in KNOWN:
+        targets = "all-linear"
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=targets if targets is None or isinstance(targets, str) else list(targets),
+                task_type=task,
+            ),
+        )
+    except ValueError as e:
+        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        raise UserError(
+            f"model.lora: {str(e).split(chr(10))[0]} Set model.lora.target_modules; linear layers are: "
+            f"{', '.join(sorted(linear))}."
+        ) from None

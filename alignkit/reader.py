@@ -1,0 +1,203 @@
+"""What reads prompts and responses, whatever its head: tokens and padding, precision, dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from alignkit.batch import Batch
+from alignkit.data import Row
+from alignkit.errors import UserError
+
+T = TypeVar("T")
+
+
+class Reader:
+    """A transformers model with its tokenizer: the common part of a policy and a reward model."""
+
+    def __init__(self, model: Any, tokenizer: Any, compute: torch.dtype = torch.float32) -> None:
+        self.model = model
+        self.compute = compute  # precision of the forward and backward pass
+        self.tokenizer = tokenizer
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.eos = _eos_ids(model, tokenizer)
+        self.pad = tokenizer.pad_token_id
+        self._start: list[int] = []  # of the decoder
+        if self.is_encoder_decoder:
+            self._start = [model.config.decoder_start_token_id]
+            forced = getattr(getattr(model, "generation_config", None), "forced_bos_token_id", None)
+            if forced is not None:
+                self._start.append(forced)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens that the positions allow; large when the architecture sets no limit."""
+        limit = getattr(self.model.config, "max_position_embeddings", None) or getattr(
+            self.model.config, "n_positions", None
+        )
+        relative = self.model.config.model_type in ("t5", "mt5", "umt5", "longt5")
+        return 10**9 if relative or not limit else int(limit)
+
+    def encode_prompts(self, rows: list[Row]) -> list[list[int]]:
+        """Token ids of each row's prompt; chat messages go through the tokenizer's own template.
+
+        Raises:
+            UserError: a prompt longer than the model's positions, or a chat without a chat template.
+        """
+        texts = [row["prompt"] for row in rows]
+        plain = [t for t in texts if isinstance(t, str)]
+        encoded = iter(self.tokenizer(plain)["input_ids"] if plain else [])
+        ids = []
+        for row, text in zip(rows, texts, strict=True):
+            if isinstance(text, str):
+                one = next(encoded)
+                if not self.is_encoder_decoder:
+                    if one and one[-1] in self.eos:
+                        one = one[:-1]  # some tokenizers close every text; a causal prompt must stay open
+                    if not one:  # a causal model needs a token to start from
+                        one = [self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.eos[0]]
+            else:
+                if not self.tokenizer.chat_template:
+                    raise UserError(
+                        "the data are chat messages, but the tokenizer has no chat template. Use an instruct model, "
+                        "or render the prompt as text with data.prompt."
+                    )
+                one = self.tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=True)[
+                    "input_ids"
+                ]
+            if len(one) > self.max_positions:
+                raise UserError(
+                    f"the prompt of row {row['id']} has {len(one)} tokens; the model takes {self.max_positions}: "
+                    f"{str(text)[:60]!r}… Shorten or drop such rows."
+                )
+            ids.append(one)
+        return ids
+
+    def encode_responses(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, closed with the end-of-sequence token."""
+        if self.is_encoder_decoder:
+            encoded = self.tokenizer(text_target=texts, split_special_tokens=True)["input_ids"]
+            # what the decoder is given as its prefix is not part of the response
+            skip = len(self._start) - 1
+            encoded = [ids[skip:] if skip and ids[:skip] == self._start[1:] else ids for ids in encoded]
+        else:
+            encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [ids if ids and ids[-1] in self.eos else [*ids, self.eos[0]] for ids in encoded]
+
+    def demonstrations(self, rows: list[Row], max_tokens: int | None = None) -> Batch:
+        """Rows with their ``response`` as the response, one group each; longer responses are cut.
+
+        Raises:
+            UserError: a row without a response.
+        """
+        for row in rows:
+            if row["response"] is None:
+                raise UserError(
+                    f"training row {row['id']} has no response. Set data.response to a template over the columns."
+                )
+        return self._batch(rows, [ids[:max_tokens] for ids in self.encode_responses([r["response"] for r in rows])])
+
+    def pairs(self, rows: list[Row], max_tokens: int | None = None) -> Batch:
+        """Rows with a ``chosen`` and a ``rejected`` response: two rows a group, the chosen one first; longer ones are cut."""
+        both = [{**row, "response": row[side]} for row in rows for side in ("chosen", "rejected")]
+        batch = self.demonstrations(both, max_tokens)
+        return batch.with_(group=batch.group // 2, rows=[row for row in rows for _ in range(2)])
+
+    def _ended(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B,) bool: whether each row's last token that counts is an end-of-sequence token."""
+        return (torch.isin(ids, torch.tensor(self.eos, device=ids.device)) & mask).any(1)
+
+    def _computed(self, work: Callable[[], T], model: Any = None) -> T:
+        """``work()`` with the model's weights in ``compute`` precision; gradients reach the float32 weights.
+
+        The cast stands in the graph, so that gradients of micro-batches add up in float32.
+        """
+        model = self.model if model is None else model
+        if self.compute == next(model.parameters()).dtype:
+            return work()
+        cast = {f"model.{name}": p.to(self.compute) for name, p in model.named_parameters()}
+        cast |= {
+            f"model.{name}": b.to(self.compute)
+            for name, b in model.named_buffers()
+            if b.is_floating_point() and not name.endswith("inv_freq")  # rotary angles need float32
+        }
+        result: T = torch.func.functional_call(_Swapped(model), cast, (work,))
+        return result
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def drop_dropout(self) -> None:
+        """Make training mode equal to evaluation mode: RL samples and scores one and the same distribution."""
+        for module in self.model.modules():
+            for name, value in vars(module).items():
+                if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                    setattr(module, name, 0.0)
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+
+    def lint(self) -> list[str]:
+        """What is wrong with the special tokens, as sentences: an empty list when nothing is."""
+        found = []
+        if self.pad in self.eos:
+            found.append(
+                "pad_token is eos_token: the end of a response cannot be told from padding by its id. alignkit masks by "
+                "position, but other tools may train a model that never stops; give the tokenizer a pad token of its own."
+            )
+        return found
+
+    def _batch(self, rows: list[Row], responses: list[list[int]]) -> Batch:
+        prompt_ids, prompt_mask = self._pad(self.encode_prompts(rows), "right" if self.is_encoder_decoder else "left")
+        ids, mask = self._pad(responses, "right")
+        return Batch(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            response_ids=ids,
+            mask=mask,
+            group=torch.arange(len(rows), device=self.device),
+            rows=rows,
+            responses=[row["response"] for row in rows],
+            extra={"ended": self._ended(ids, mask)},
+        )
+
+    def _pad(self, sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+        width = max(len(s) for s in sequences)
+        ids, mask = [], []
+        for s in sequences:
+            fill = [self.pad] * (width - len(s))
+            ids.append(fill + s if side == "left" else s + fill)
+            ones, zeros = [True] * len(s), [False] * len(fill)
+            mask.append(zeros + ones if side == "left" else ones + zeros)
+        return torch.tensor(ids, dtype=torch.long, device=self.device), torch.tensor(mask, device=self.device)
+
+
+class _Swapped(torch.nn.Module):
+    """Lets ``functional_call`` put other weights into a model while some work is done with it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], T]) -> T:
+        return work()
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokenizer's end-of-sequence id first, then what the generation config adds."""
+    extra = model.generation_config.eos_token_id if model.generation_config else None
+    ids = [tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])]
+    return list(dict.fromkeys(i for i in ids if i is not None))
