@@ -19,8 +19,10 @@ GROUPS = ("model", "data", "reward", "algo", "preset")
 NEEDS = {  # what a stage cannot do without
     "sft": ("data", "algo"),
     "pref": ("data", "algo"),
+    "rm": ("data", "algo"),
     "rl": ("data", "reward", "algo"),
     "evaluate": ("data",),
+    "evaluate_rm": ("data",),
     "pipeline": ("steps",),
 }
 
@@ -40,7 +42,7 @@ class Model:
     """The policy: loaded from ``path``, or built from ``config`` with a tokenizer trained on the data."""
 
     path: str | None = None  # hub id, local folder, run directory, or bundled:NAME
-    kind: str = "auto"  # auto | causal | seq2seq
+    kind: str = "auto"  # auto | causal | seq2seq | encoder (a reward model alone)
     config: Any = None  # transformers settings of a model built from scratch; model_type is required
     tokenizer: str | None = None  # id or folder; null: the model's own, or one trained on the data
     vocab_size: int = 2000  # of a tokenizer trained on the data
@@ -61,13 +63,12 @@ class Evaluate:
     max_new_tokens: int = 64
     batch_size: int = 250
     every: int = 50  # steps between evaluations on dev; 0: never
-    select: str = (
-        "bleu"  # dev metric that picks the best checkpoint: bleu | chrf | exact_match | reward | preference_accuracy
-    )
+    select: str = "bleu"  # dev metric that picks the best checkpoint: bleu | chrf | exact_match | length_ratio | reward | preference_accuracy | correlation
     final: str = "best"  # best | last: which weights become final/
     test: bool = True  # evaluate the test split, before and after RL, after SFT
     rows: int | None = None  # at most this many rows of each split
     bootstrap: int = 1000  # resamples behind the intervals
+    section: str | None = None  # of reward models: column by whose values pairs are told apart; their mean is `macro`
 
 
 @dataclass
@@ -234,10 +235,13 @@ def check(cfg: DictConfig) -> None:
     if cfg.model.path is None and cfg.model.config is None:
         wrong.append("model.path: must be given (an id, a folder, a run), or model.config for one built from scratch.")
     for name, allowed in (
-        ("model.kind", ("auto", "causal", "seq2seq")),
+        ("model.kind", ("auto", "causal", "seq2seq", "encoder")),
         ("evaluate.decode", ("greedy", "beam", "sample")),
         ("evaluate.final", ("best", "last")),
-        ("evaluate.select", ("bleu", "chrf", "exact_match", "length_ratio", "reward", "preference_accuracy")),
+        (
+            "evaluate.select",
+            ("bleu", "chrf", "exact_match", "length_ratio", "reward", "preference_accuracy", "correlation"),
+        ),
         ("run.wandb", ("auto", "online", "offline", "disabled")),
         ("model.dtype", ("float32", "bfloat16", "float16")),
         ("model.compute", ("same", "bfloat16")),
@@ -279,6 +283,8 @@ def check(cfg: DictConfig) -> None:
         _walk(value, node, wrong)
     if stage in ("rl", "pref") and cfg.model.lora.dropout:
         wrong.append(f"model.lora.dropout: has no effect in stage {stage}, which runs without dropout.")
+    if stage in ("rm", "evaluate_rm") and cfg.evaluate.decode != "greedy":
+        wrong.append(f"evaluate.decode: has no effect in stage {stage}, which decodes nothing.")
     if stage == "pref" and cfg.data and not cfg.data.get("chosen"):
         wrong.append(
             "data.chosen: the pref stage needs pairs: templates data.chosen and data.rejected, or data=polite."

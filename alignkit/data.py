@@ -47,6 +47,9 @@ class Data:
     messages: str | None = None  # column of chat messages; the last assistant turn is the response
     chat: bool = False  # send the prompt as one user turn through the tokenizer's chat template
     system: str | None = None  # system message put before a chat
+    ratings: str | None = (
+        None  # column of the response's ratings: numbers by attribute (null: not rated), or one number; null: no ratings
+    )
     unique: bool = False  # keep the first training row of each prompt
     limit: int | None = None  # use at most this many training rows
     show: int = 0  # print this many rendered rows, trained tokens marked, and stop
@@ -129,6 +132,8 @@ class Data:
                 if not row[key].strip():
                     raise UserError(f"{where}: the {key} response is empty. Complete the row, or take it out.")
             row["response"] = row["chosen"] if row["response"] is None else row["response"]
+        if self.ratings is not None:
+            row["ratings"] = _ratings(columns, self.ratings, where)
         if self.system is not None and isinstance(row["prompt"], list):
             row["prompt"] = [{"role": "system", "content": self.system}, *row["prompt"]]
         references = columns.get(self.references) if self.references else None
@@ -142,6 +147,19 @@ class Data:
         if row["response"] is None and references:
             row["response"] = references[0]
         return row
+
+
+def _ratings(columns: Row, column: str, where: str) -> dict[str, float | None]:
+    """Attribute → rating, None where there is none; of a single number, ``rating`` is the attribute."""
+    if column not in columns:
+        raise UserError(f"{where}: no column '{column}', which data.ratings asks for.{suggest(column, columns)}")
+    found = columns[column] if isinstance(columns[column], dict) else {"rating": columns[column]}
+    for name, value in found.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
+            raise UserError(
+                f"{where}: the rating '{name}' in column '{column}' must be a number or null, is {value!r}."
+            )
+    return dict(found)
 
 
 def overlap(train: list[Row], held_out: list[Row]) -> int:

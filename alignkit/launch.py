@@ -83,7 +83,8 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def _run(cfg: DictConfig, data: Data) -> dict[str, Any]:
-    wanted = ("dev", "test") if cfg.stage == "evaluate" else ("train", "dev", "test")
+    evaluates = cfg.stage in ("evaluate", "evaluate_rm")
+    wanted = ("dev", "test") if evaluates else ("train", "dev", "test")
     rows = {split: data.rows(split) for split in wanted}
     record: dict[str, Any] = {
         "sources": {split: getattr(data, split) for split in wanted},
@@ -112,7 +113,7 @@ def _run(cfg: DictConfig, data: Data) -> dict[str, Any]:
 
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
-    algo = None if cfg.stage == "evaluate" else _build(cfg.algo, "algo")
+    algo = None if evaluates else _build(cfg.algo, "algo")
     reward = _build(cfg.reward, "reward") if cfg.reward else None
     stage = importlib.import_module(f"alignkit.stages.{cfg.stage}")
     run = Run(cfg, record["sha256"], sys.argv)
@@ -149,7 +150,7 @@ def _targets(value: Any, path: str) -> Iterator[tuple[str, str]]:
 def _finished(cfg: DictConfig, directory: Path, data: Data | None) -> dict[str, Any] | None:
     """The result of a finished run of this very configuration on these very data, if there is one."""
     file = directory / "result.json"
-    if not file.exists() or cfg.stage == "evaluate":
+    if not file.exists() or cfg.stage in ("evaluate", "evaluate_rm"):
         return None
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     same_settings(directory, result["signature"], cfg)

@@ -22,7 +22,7 @@ class Sentences:
 
     def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """(W, N) row weights → metric → (W,) corpus scores."""
-        return {name: _SCORE[name](weights @ stats) for name, stats in self.stats.items()}
+        return {name: _SCORE[name.partition("/")[0]](weights @ stats) for name, stats in self.stats.items()}
 
 
 def sentences(
@@ -49,6 +49,35 @@ def sentences(
         stats["length_ratio"] = bleu[:, :2]  # (system length, closest reference length)
     for name, values in (measured or {}).items():
         stats[name] = _with_count(values)
+    return Sentences(stats)
+
+
+def pairs(margins: list[float], lengths: list[tuple[int, int]], sections: list[str] | None = None) -> Sentences:
+    """Statistics of N pairs: margins in log-odds, lengths in characters of (chosen, rejected), the section of each.
+
+    ``ece`` is the expected calibration error over ten bins of confidence max(p, 1 - p), p = sigmoid(margin); ``macro`` the
+    mean of the sections' shares ranked right, which are there as ``section/NAME`` too.
+    """
+    d = np.asarray(margins, dtype=float)
+    right = (np.sign(d) + 1) / 2
+    p = 1 / (1 + np.exp(-np.abs(d)))
+    place = np.minimum(((p - 0.5) * 20).astype(int), 9)
+    bins = np.eye(10)[place]
+    size = np.sign([a - b for a, b in lengths])
+    stats = {
+        "preference_accuracy": _with_count(list(right)),
+        "ties": _with_count(list(d == 0)),
+        "margin": _with_count(margins),
+        "nll": _with_count(list(np.logaddexp(0, -d))),
+        "ece": np.concatenate([bins * p[:, None], bins * right[:, None], np.ones((len(d), 1))], axis=1),
+        "longer_wins": _with_count(list((size + 1) / 2)),
+    }
+    names = sorted(set(sections)) if sections else []
+    if len(names) > 1:
+        inside = (np.asarray(sections)[:, None] == np.asarray(names)).astype(float)  # (N, S)
+        stats["macro"] = np.concatenate([inside * right[:, None], inside], axis=1)
+        for i, name in enumerate(names):
+            stats[f"section/{name}"] = np.stack([inside[:, i] * right, inside[:, i]], axis=1)
     return Sentences(stats)
 
 
@@ -119,4 +148,14 @@ _SCORE = {
     "length_ratio": lambda sums: sums[:, 0] / sums[:, 1],
     "reward": lambda sums: sums[:, 0] / sums[:, 1],
     "preference_accuracy": lambda sums: 100 * sums[:, 0] / sums[:, 1],
+    "ties": lambda sums: 100 * sums[:, 0] / sums[:, 1],
+    "margin": lambda sums: sums[:, 0] / sums[:, 1],
+    "nll": lambda sums: sums[:, 0] / sums[:, 1],
+    "ece": lambda sums: np.abs(sums[:, :10] - sums[:, 10:20]).sum(1) / sums[:, 20],
+    "longer_wins": lambda sums: 100 * sums[:, 0] / sums[:, 1],
+    "section": lambda sums: 100 * sums[:, 0] / np.maximum(sums[:, 1], 1e-9),
+    "macro": lambda sums: (
+        100 * np.mean(np.split(sums, 2, axis=1)[0] / np.maximum(np.split(sums, 2, axis=1)[1], 1e-9), axis=1)
+    ),
+    "error": lambda sums: sums[:, 0] / sums[:, 1],
 }

@@ -74,11 +74,6 @@ class Policy(Reader):
             | {name: x for name, x in (("entropy", out.entropy), ("top", out.top)) if x is not None},
         )
 
-    def decode_text(self, ids: Tensor, mask: Tensor) -> list[str]:
-        """(B, T) ids → B texts without special tokens."""
-        kept = [row[: int(m.sum())].tolist() for row, m in zip(ids, mask, strict=True)]
-        return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
-
     def forward(self, batch: Batch, temperature: Tensor | None = None) -> Tensor:
         """Log-probabilities (B, T) float32 of the batch's response tokens, 0 where the mask is false.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from alignkit.batch import Batch
 from alignkit.data import Row
 from alignkit.errors import UserError
+from alignkit.loading import kind_of
 
 T = TypeVar("T")
 
@@ -23,7 +24,8 @@ class Reader:
         self.model = model
         self.compute = compute  # precision of the forward and backward pass
         self.tokenizer = tokenizer
-        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.kind = kind_of(model.config)
+        self.is_encoder_decoder = self.kind == "seq2seq"
         self.eos = _eos_ids(model, tokenizer)
         self.pad = tokenizer.pad_token_id
         self._start: list[int] = []  # of the decoder
@@ -47,19 +49,34 @@ class Reader:
         return 10**9 if relative or not limit else int(limit)
 
     def encode_prompts(self, rows: list[Row]) -> list[list[int]]:
+        """``prompt_ids``, within the model's positions.
+
+        Raises:
+            UserError: a prompt is longer.
+        """
+        ids = self.prompt_ids(rows)
+        for row, one in zip(rows, ids, strict=True):
+            if len(one) > self.max_positions:
+                raise UserError(
+                    f"the prompt of row {row['id']} has {len(one)} tokens; the model takes {self.max_positions}: "
+                    f"{str(row['prompt'])[:60]!r}… Shorten or drop such rows."
+                )
+        return ids
+
+    def prompt_ids(self, rows: list[Row]) -> list[list[int]]:
         """Token ids of each row's prompt; chat messages go through the tokenizer's own template.
 
         Raises:
-            UserError: a prompt longer than the model's positions, or a chat without a chat template.
+            UserError: a chat without a chat template.
         """
         texts = [row["prompt"] for row in rows]
         plain = [t for t in texts if isinstance(t, str)]
         encoded = iter(self.tokenizer(plain)["input_ids"] if plain else [])
         ids = []
-        for row, text in zip(rows, texts, strict=True):
+        for text in texts:
             if isinstance(text, str):
                 one = next(encoded)
-                if not self.is_encoder_decoder:
+                if self.kind == "causal":
                     if one and one[-1] in self.eos:
                         one = one[:-1]  # some tokenizers close every text; a causal prompt must stay open
                     if not one:  # a causal model needs a token to start from
@@ -73,11 +90,6 @@ class Reader:
                 one = self.tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=True)[
                     "input_ids"
                 ]
-            if len(one) > self.max_positions:
-                raise UserError(
-                    f"the prompt of row {row['id']} has {len(one)} tokens; the model takes {self.max_positions}: "
-                    f"{str(text)[:60]!r}… Shorten or drop such rows."
-                )
             ids.append(one)
         return ids
 
@@ -91,6 +103,11 @@ class Reader:
         else:
             encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [ids if ids and ids[-1] in self.eos else [*ids, self.eos[0]] for ids in encoded]
+
+    def decode_text(self, ids: Tensor, mask: Tensor) -> list[str]:
+        """(B, T) ids → B texts without special tokens."""
+        kept = [row[: int(m.sum())].tolist() for row, m in zip(ids, mask, strict=True)]
+        return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
 
     def demonstrations(self, rows: list[Row], max_tokens: int | None = None) -> Batch:
         """Rows with their ``response`` as the response, one group each; longer responses are cut.
@@ -198,6 +215,8 @@ class _Swapped(torch.nn.Module):
 
 def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokenizer's end-of-sequence id first, then what the generation config adds."""
-    extra = model.generation_config.eos_token_id if model.generation_config else None
-    ids = [tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])]
+    generation = getattr(model, "generation_config", None)
+    extra = generation.eos_token_id if generation else None
+    own = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # an encoder's
+    ids = [own, *(extra if isinstance(extra, list) else [extra])]
     return list(dict.fromkeys(i for i in ids if i is not None))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_file, save_model
 
 from alignkit import __version__
 from alignkit.batch import Batch, Loss
@@ -264,6 +264,15 @@ class Run:
     def write_json(self, name: str, content: Any) -> None:
         """Write a file of the run directory whole or not at all."""
         write_atomically(self.dir / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def keep(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A tensor of this run that is computed once, and read from its directory at every later start."""
+        file = self.dir / f"{name}.safetensors"
+        if not file.exists():
+            partial = file.with_name(file.name + ".partial")
+            save_file({name: compute().contiguous()}, partial)
+            partial.rename(file)
+        return load_file(file)[name]
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
 

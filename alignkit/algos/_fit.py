@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from alignkit.batch import Batch, Loss
+from alignkit.data import Row
 from alignkit.errors import need, need_adamw
-from alignkit.policy import Policy
+from alignkit.run import Run
 
 
 @dataclass(kw_only=True)
@@ -31,7 +34,14 @@ class Fit:
         need(self, "batch_size >= 1", "micro_tokens >= 1", "steps >= 1", "epochs > 0", "max_response_tokens >= 1")
         need_adamw(self)
 
-    def loss(self, policy: Policy, batch: Batch) -> Loss:
+    def survey(self, policy: Any, rows: list[Row], run: Run, texts: list[str]) -> None:
+        """Look at the training rows once, before the first step of every start; ``texts`` as for ``policy.load``."""
+
+    def prepare(self, policy: Any, batch: Batch, generator: torch.Generator) -> Batch:
+        """A step's batch, before it is cut into micro-batches, with what the loss wants to know of it: no gradient."""
+        return batch
+
+    def loss(self, policy: Any, batch: Batch) -> Loss:
         """The method's loss of one micro-batch."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(policy, batch)")
 

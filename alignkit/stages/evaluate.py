@@ -132,7 +132,7 @@ def table(columns: dict[str, Table]) -> str:
     names = list(next(iter(columns.values())))
     lines = ["| metric | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
-        cells = [_cell(name, column[name]) for column in columns.values()]
+        cells = [_cell(name, column[name]) if name in column else "" for column in columns.values()]
         lines.append(f"| {LABELS.get(name, name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -167,11 +167,25 @@ LABELS = {
     "length_ratio": "length ratio",
     "reward": "reward",
     "preference_accuracy": "pairs ranked right %",
+    "ties": "ties %",
+    "macro": "mean of sections %",
+    "longer_wins": "longer one chosen %",
+    "length_spearman": "Spearman of score and length",
+    "nll": "NLL of the pairs, nats",
+    "ece": "calibration error",
+    "margin": "margin, mean",
+    "margin_max": "margin, greatest",
+    "margin_sd": "margin, deviation",
+    "score_sd": "score, deviation",
+    "error": "squared error",
 }
 
 
+PER_CENT = {"bleu", "chrf", "exact_match", "preference_accuracy", "ties", "macro", "longer_wins"}
+
+
 def _cell(name: str, value: dict[str, float]) -> str:
-    digits = 3 if name in ("length_ratio", "reward") else 2
+    digits = 2 if name in PER_CENT else 3
     text = f"{value['value']:.{digits}f}"
     return text + (f" [{value['low']:.{digits}f}, {value['high']:.{digits}f}]" if "low" in value else "")
 

@@ -9,25 +9,25 @@ from typing import Any
 from alignkit.batch import Batch
 from alignkit.data import Row
 from alignkit.ops import warmup_decay
-from alignkit.policy import Policy
 from alignkit.run import Run
-from alignkit.stages.evaluate import HeldOut
 
 
 def fit(
     run: Run,
-    policy: Policy,
+    policy: Any,
     algo: Any,
     rows: list[Row],
     collate: Callable[[list[Row]], Batch],
-    held_out: HeldOut,
+    held_out: Any,
+    texts: list[str],
 ) -> dict[str, Any]:
-    """Train ``policy`` with ``algo.loss`` on ``rows`` and finish the run.
+    """Train ``policy``, or a reward model, with ``algo.loss`` on ``rows`` and finish the run.
 
     The algorithm brings batch_size, steps or epochs, lr, warmup, schedule, max_grad_norm and micro_tokens.
     """
     steps = algo.steps or math.ceil(algo.epochs * len(rows) / algo.batch_size)
     run.ended_by = "algo.steps" if algo.steps else "algo.epochs"
+    algo.survey(policy, rows, run, texts)
     optimizer = run.optimizer(policy, algo, steps)
     if not run.checkpoint and run.cfg.model.path:  # what is built from scratch has nothing to show yet
         run.begin(policy, optimizer, algo, held_out)
@@ -37,6 +37,7 @@ def fit(
             policy.model.train()
             with run.phase("update"):
                 batch = collate(run.draw(rows, algo.batch_size, step))
+                batch = algo.prepare(policy, batch, run.generator(step, "prepare"))
                 rate = algo.lr * warmup_decay(step, steps, algo.warmup, algo.schedule, algo.floor)
                 parts = batch.split(algo.micro_tokens)
                 metrics = run.update(

@@ -44,7 +44,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Pref, reward: Any) -> dict[
         return found
 
     held_out = HeldOut(cfg.evaluate, data, reward, run, ranked)
-    return fit(run, policy, algo, rows, lambda part: collate("train", part), held_out)
+    return fit(run, policy, algo, rows, lambda part: collate("train", part), held_out, data.texts())
 
 
 class References:

@@ -19,4 +19,12 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: SFT, reward: Any) -> dict[s
     rows = data.rows("train")
     policy = load(OmegaConf.to_object(cfg.model), cfg.seed, data.texts(), run.checkpoint)  # type: ignore[arg-type]
     held_out = HeldOut(cfg.evaluate, data, reward, run)
-    return fit(run, policy, algo, rows, lambda part: policy.demonstrations(part, algo.max_response_tokens), held_out)
+    return fit(
+        run,
+        policy,
+        algo,
+        rows,
+        lambda part: policy.demonstrations(part, algo.max_response_tokens),
+        held_out,
+        data.texts(),
+    )

@@ -1,0 +1,68 @@
+"""The Bradley–Terry reward model: a logistic regression on differences of scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from alignkit import losses
+from alignkit.algos._pref import right
+from alignkit.algos._rm import RM
+from alignkit.batch import Batch, Loss
+from alignkit.errors import UserError, need
+
+
+@dataclass(kw_only=True)
+class BT(RM):
+    """Bradley–Terry: -log sigmoid(d), d the chosen response's score less the rejected one's.
+
+    ``margin`` takes the number m in a column of the pair: ``subtract`` -log sigmoid(d - m), ``scale`` -m log sigmoid(d)
+    (forms of HelpSteer2's code, arXiv 2406.08673). ``centring`` adds c (r_chosen + r_rejected)², TRL's way of keeping scores
+    around 0 (its mean, not the difference, is free under the loss).
+    """
+
+    temperature: float = 1.0  # d is divided by it
+    smoothing: float = 0.0  # share of labels taken for flipped
+    centring: float = 0.0  # weight of the squared sum of both scores
+    margin: Literal["none", "subtract", "scale"] = "none"  # what the pair's margin does
+    margin_column: str = "margin"  # column of a pair's margin, a number
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need(self, "temperature > 0", "smoothing >= 0", "smoothing < 0.5", "centring >= 0")
+
+    def loss(self, model: Any, batch: Batch) -> Loss:
+        z = model.outputs(batch)[0]
+        margins = model.head.margins(z[0::2], z[1::2]) / self.temperature
+        pair = self.pair_losses(margins, [float(m) for m in map(self._margin, batch.rows[0::2])])
+        if self.centring:
+            scores = model.head.scores(z)
+            pair = pair + self.centring * (scores[0::2] + scores[1::2]).square()
+        with torch.no_grad():
+            metrics = {
+                "preference_accuracy": float(right(margins).mean()),
+                "margin": float(margins.mean()),
+            }
+        return Loss(pair.sum(), float(len(pair)), metrics)
+
+    def pair_losses(self, margins: Tensor, given: list[float]) -> Tensor:
+        """(N,) losses of score differences (N,); ``given``: the N margins of the data."""
+        m = torch.tensor(given, dtype=margins.dtype, device=margins.device)
+        if self.margin == "subtract":
+            return losses.logistic(margins - m, self.smoothing)
+        pair = losses.logistic(margins, self.smoothing)
+        return m * pair if self.margin == "scale" else pair
+
+    def _margin(self, row: dict[str, Any]) -> float:
+        if self.margin == "none":
+            return 0.0
+        found = row.get(self.margin_column)
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            raise UserError(
+                f"row {row['id']}: column '{self.margin_column}' must be a number for algo.margin={self.margin}, is {found!r}. "
+                f"Set algo.margin_column."
+            )
+        return float(found)

@@ -1,0 +1,169 @@
+"""Stage ``evaluate_rm``: how well a reward model ranks held-out responses, and how far that is length alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from alignkit import metrics, reward_model
+from alignkit.config import Evaluate
+from alignkit.data import Data, Row
+from alignkit.errors import UserError, suggest
+from alignkit.ranking import pearson, spearman
+from alignkit.reward_model import both_sides
+from alignkit.run import Run
+from alignkit.stages.evaluate import Table, table
+
+
+class HeldOutRewards:
+    """The dev and test rows, and what is measured of a reward model on them."""
+
+    def __init__(self, cfg: Evaluate, data: Data, run: Run) -> None:
+        self.cfg, self.run = cfg, run
+        self.rows = {split: data.rows(split)[: cfg.rows] for split in ("dev", "test")}
+        if not cfg.test:
+            self.rows["test"] = []
+
+    def dev(self, model: Any) -> dict[str, float]:
+        """Dev metrics as ``dev/NAME``; empty where there are no dev rows."""
+        if not self.rows["dev"]:
+            return {}
+        with self.run.phase("evaluate"):
+            tables = self._tables(*self._measure(model, "dev"), resamples=0)
+        return {f"dev/{name}": cell["value"] for name, cell in tables.items()}
+
+    def selected(self, dev: dict[str, float]) -> float:
+        """The dev value that picks the best checkpoint.
+
+        Raises:
+            UserError: ``evaluate.select`` names a metric that these rows do not have.
+        """
+        value = dev.get(f"dev/{self.cfg.select}")
+        if value is None:
+            names = [name.removeprefix("dev/") for name in dev]
+            raise UserError(
+                f"evaluate.select={self.cfg.select}: not measured on these rows.{suggest(self.cfg.select, names)}"
+            )
+        return value
+
+    def test(self, model: Any, name: str, split: str = "test") -> dict[str, Table]:
+        """Metrics of a split, with intervals where they are means over rows; writes ``outputs-{name}.jsonl``."""
+        if not self.rows[split]:
+            return {}
+        with self.run.phase("evaluate"):
+            stats, entries, whole = self._measure(model, split)
+        path = self.run.dir / f"outputs-{name}.jsonl"
+        path.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), encoding="utf-8")
+        tables = {split: self._tables(stats, entries, whole, self.cfg.bootstrap)}
+        earlier = self.run.dir / "outputs-before.jsonl"
+        if name == "after" and earlier.exists() and self.cfg.bootstrap:
+            old = [json.loads(x) for x in earlier.read_text(encoding="utf-8").split("\n") if x]
+            tables["difference"] = metrics.difference(self._stats(old), stats, self.cfg.bootstrap)
+        return tables
+
+    def _tables(self, stats: metrics.Sentences, entries: Any, whole: dict[str, float], resamples: int) -> Table:
+        found = metrics.summary(stats, resamples) if stats.stats else {}
+        return found | {name: {"value": value, "n": len(entries)} for name, value in whole.items()}
+
+    def _measure(self, model: Any, split: str) -> tuple[metrics.Sentences, list[dict[str, Any]], dict[str, float]]:
+        """(sums over rows, an entry a row, what is no mean over rows)."""
+        rows = self.rows[split]
+        if "chosen" in rows[0]:
+            return self._measure_pairs(model, rows)
+        if "ratings" in rows[0]:
+            return self._measure_ratings(model, rows)
+        raise UserError(
+            "nothing to measure: the held-out rows have neither pairs nor ratings. Set data.chosen or data.ratings."
+        )
+
+    def _measure_pairs(self, model: Any, rows: list[Row]) -> tuple[Any, list[dict[str, Any]], dict[str, float]]:
+        scores = None
+        if model.scalar:
+            scores = model.score(both_sides(rows))
+            margins = ((scores[0::2] - scores[1::2]).double() * model.std).tolist()
+        else:
+            margins = torch.logit(model.compare(rows)).tolist()
+        entries = []
+        for i, (row, margin) in enumerate(zip(rows, margins, strict=True)):
+            entry = {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"], "margin": margin}
+            if scores is not None:
+                entry |= {"score_chosen": float(scores[2 * i]), "score_rejected": float(scores[2 * i + 1])}
+            if self.cfg.section:
+                entry["section"] = _section(row, self.cfg.section)
+            entries.append(entry)
+        whole = {"margin_max": max(margins), "margin_sd": float(np.std(margins))}
+        if scores is not None:
+            lengths = [len(row["response"]) for row in both_sides(rows)]
+            whole["score_sd"] = float(scores.std()) * model.std
+            whole["length_spearman"] = spearman(scores.numpy(), np.array(lengths, dtype=float))
+        return self._stats(entries), entries, whole
+
+    def _measure_ratings(self, model: Any, rows: list[Row]) -> tuple[Any, list[dict[str, Any]], dict[str, float]]:
+        found, scores = model.ratings(rows), model.score(rows).tolist()
+        entries = [
+            {
+                "prompt": row["prompt"],
+                "response": row["response"],
+                "ratings": row["ratings"],
+                "predicted": one,
+                "score": score,
+            }
+            for row, one, score in zip(rows, found, scores, strict=True)
+        ]
+        whole: dict[str, float] = {}
+        for name in found[0]:
+            both = [(e["predicted"][name], e["ratings"][name]) for e in entries if e["ratings"].get(name) is not None]
+            if len(both) > 1:
+                a, b = np.array(both, dtype=float).T
+                whole |= {f"pearson/{name}": pearson(a, b), f"spearman/{name}": spearman(a, b)}
+        known = [v for k, v in whole.items() if k.startswith("pearson/")]
+        whole["correlation"] = float(np.mean(known)) if known else 0.0
+        return self._stats(entries), entries, whole
+
+    def _stats(self, entries: list[dict[str, Any]]) -> metrics.Sentences:
+        if "margin" in entries[0]:
+            lengths = [(len(e["chosen"]), len(e["rejected"])) for e in entries]
+            sections = [e["section"] for e in entries] if "section" in entries[0] else None
+            return metrics.pairs([e["margin"] for e in entries], lengths, sections)
+        errors = [
+            float(
+                np.mean(
+                    [
+                        (e["predicted"][k] - v) ** 2
+                        for k, v in e["ratings"].items()
+                        if v is not None and k in e["predicted"]
+                    ]
+                )
+            )
+            for e in entries
+        ]
+        return metrics.sentences([""] * len(entries), [[]] * len(entries), {"error": errors})
+
+
+def _section(row: Row, column: str) -> str:
+    if column not in row:
+        raise UserError(f"row {row['id']}: no column '{column}', which evaluate.section names.{suggest(column, row)}")
+    return str(row[column])
+
+
+def run(cfg: DictConfig, run: Run, data: Data, algo: None, reward: Any) -> dict[str, Any]:
+    """Measure a reward model on the test rows (dev, where there is no test); write the table and every margin."""
+    held_out = HeldOutRewards(cfg.evaluate, data, run)
+    split = "test" if held_out.rows["test"] else "dev"
+    if not held_out.rows[split]:
+        raise UserError("evaluate: the data have neither test nor dev rows. Set data.test.")
+    model = reward_model.load(cfg.model.path, cfg.model.device, cfg.model.compute)
+    model.check()
+    tables = held_out.test(model, split, split)
+    result = {
+        "status": "finished", "stage": "evaluate_rm", "name": cfg.name, "seed": cfg.seed, "model": cfg.model.path,
+        "settings": OmegaConf.to_container(cfg.evaluate), "evaluation": tables,
+        "seconds": {"evaluate": run.ledger["seconds/evaluate"]}, "directory": str(run.dir),
+    }  # fmt: skip
+    (run.dir / "table.md").write_text(table(tables), encoding="utf-8")
+    run.write_json("result.json", result)
+    return result

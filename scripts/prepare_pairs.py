@@ -1,0 +1,70 @@
+"""Preference data of others as files that ``data=pairs`` reads: train, dev and test, split by prompt.
+
+    python scripts/prepare_pairs.py hh harmless_base_test.jsonl OUT          # Anthropic's HH format: two whole dialogues
+    python scripts/prepare_pairs.py alpaca_eval annotations.jsonl OUT        # AlpacaEval: instruction, two outputs, preference
+
+Prints what is left out and how often the longer response is the chosen one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def hh(row: Row) -> Row | None:
+    """Two dialogues that share all but the last turn of the assistant."""
+    mark = "\n\nAssistant:"
+    (one, chosen), (other, rejected) = (row[side].rsplit(mark, 1) for side in ("chosen", "rejected"))
+    if one != other or not chosen.strip() or not rejected.strip() or chosen == rejected:
+        return None
+    return {"prompt": one + mark, "chosen": chosen.strip(), "rejected": rejected.strip()}
+
+
+def alpaca_eval(row: Row) -> Row | None:
+    """Preference 1 or 2; ties and fractions are left out."""
+    if row["preference"] not in (1, 2):
+        return None
+    outputs = [row["output_1"], row["output_2"]]
+    if not all(isinstance(x, str) and x.strip() for x in outputs) or outputs[0] == outputs[1]:
+        return None
+    chosen, rejected = outputs if row["preference"] == 1 else outputs[::-1]
+    return {"prompt": row["instruction"], "chosen": chosen, "rejected": rejected, "section": row["dataset"]}
+
+
+FORMATS: dict[str, Callable[[Row], Row | None]] = {"hh": hh, "alpaca_eval": alpaca_eval}
+
+
+def split_of(prompt: str) -> str:
+    """70 % of the prompts train, 10 % dev, 20 % test, whatever else is in the file."""
+    share = int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) / 16**8
+    return "train" if share < 0.7 else "dev" if share < 0.8 else "test"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("format", choices=FORMATS)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    pairs = [pair for row in rows if (pair := FORMATS[args.format](row))]
+    longer = sum(len(p["chosen"]) > len(p["rejected"]) for p in pairs)
+    print(f"{len(pairs)} pairs of {len(rows)} rows; the longer response is the chosen one in {longer / len(pairs):.1%}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "dev", "test"):
+        part = [p for p in pairs if split_of(p["prompt"]) == split]
+        (args.out / f"{split}.jsonl").write_text(
+            "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in part), encoding="utf-8"
+        )
+        print(f"{split}: {len(part)} pairs")
+
+
+if __name__ == "__main__":
+    main()
