@@ -136,6 +136,9 @@ def fingerprint(cfg: DictConfig, data: Data, splits: tuple[str, ...] = ("train",
             file = None if target.startswith("alignkit.") else file_of(target)
             if file is not None:
                 found[path] = hashlib.sha256(file.read_bytes()).hexdigest()
+    learned: Any = OmegaConf.to_container(cfg.reward, resolve=True)
+    for path, folder in _models(learned, "reward"):
+        found[path] = _hash_folder(folder)
     return found
 
 
@@ -145,6 +148,26 @@ def _targets(value: Any, path: str) -> Iterator[tuple[str, str]]:
         if key == "_target_":
             yield f"{path}._target_", item
         yield from _targets(item, f"{path}.{key}")
+
+
+def _models(value: Any, path: str) -> Iterator[tuple[str, Path]]:
+    """Setting → folder of every model of a learned reward that lies on this machine."""
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        if key == "model" and str(value.get("_target_", "")).endswith(".Learned"):
+            names = item if isinstance(item, list) else [item]
+            yield from ((f"{path}.model", Path(n).expanduser()) for n in names if Path(n).expanduser().is_dir())
+        yield from _models(item, f"{path}.{key}")
+
+
+def _hash_folder(folder: Path) -> str:
+    """SHA-256 over the weights and settings of a model, of a run those of its final one."""
+    folder = folder / "final" if (folder / "final").is_dir() else folder
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _finished(cfg: DictConfig, directory: Path, data: Data | None) -> dict[str, Any] | None:

@@ -128,6 +128,15 @@ def group_std(x: Tensor, group: Tensor) -> Tensor:
     return std
 
 
+def moments(seen: list[float], new: Tensor) -> list[float]:
+    """[number, mean, sum of squared deviations] of what was seen and of ``new`` (B,) together (Chan et al. 1979)."""
+    n, mean, squares = seen
+    m, x = len(new), new.double()
+    apart = float(x.mean()) - mean
+    whole = n + m
+    return [whole, mean + apart * m / whole, squares + float((x - x.mean()).square().sum()) + apart**2 * n * m / whole]
+
+
 def whiten(x: Tensor, mask: Tensor, shift: bool = True) -> Tensor:
     """x (B, T) to mean 0 and sample variance 1 over the tokens that count; ``shift=False`` keeps the mean. 0 elsewhere."""
     _rank("x", x, 2)

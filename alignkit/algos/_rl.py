@@ -44,7 +44,10 @@ class RL:
     mle_weight: float = 0.0  # weight of the references' negative log-likelihood beside the policy gradient
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample within this much probability mass; 1: all
-    reward_clip: float | None = None  # rewards are cut to ± this
+    reward_norm: Literal["none", "running"] = (
+        "none"  # running: less the mean and over the deviation of all rewards so far
+    )
+    reward_clip: float | None = None  # rewards, normalised where they are, are cut to ± this
     missing_eos_penalty: float = 0.0  # taken from the reward of a response that was cut off
     kl: float = 0.0  # coefficient of KL(policy || start model); 0: no reference model is held
     kl_in: Literal["reward", "loss"] = "reward"  # where the KL goes
@@ -54,6 +57,7 @@ class RL:
     kl_limit: float | None = None  # end the run once the KL, in nats a response, is above
 
     def __post_init__(self) -> None:
+        self.seen = [0.0, 0.0, 0.0]  # number, mean and sum of squared deviations of the rewards so far
         self.over = False  # whether the KL went beyond its limit: the run is then at its end
         self._schedules = {f.name: dict(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Mapping)}
         for name, spec in self._schedules.items():
@@ -106,12 +110,14 @@ class RL:
 
     def state(self) -> dict[str, Any]:
         """What a step depends on besides weights, optimizer, seed and step: saved with every checkpoint, as JSON."""
-        return {"kl": self.kl, "over": self.over} if self.wants_reference else {}
+        kept: dict[str, Any] = {"kl": self.kl, "over": self.over} if self.wants_reference else {}
+        return kept | ({"seen": self.seen} if self.reward_norm == "running" else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what ``state`` gave."""
         self.kl = self.kl if "kl" in self._schedules else state.get("kl", self.kl)
         self.over = state.get("over", False)
+        self.seen = state.get("seen", self.seen)
 
     # ---- what the stage calls ------------------------------------------------------------------------------------
 
@@ -197,6 +203,13 @@ class RL:
             self.kl = ops.adapt_kl(self.kl, nats, self.kl_target, len(batch), self.kl_horizon)
         return nats
 
+    def observe(self, batch: Batch) -> None:
+        """Take a step's scores into the running mean and deviation, before they are used."""
+        if self.reward_norm == "running":
+            scores = batch.drawn().scores
+            assert scores is not None
+            self.seen = ops.moments(self.seen, scores)
+
     # ---- what methods share --------------------------------------------------------------------------------------
 
     def clipped(self, logprobs: Tensor, batch: Batch, **how: Any) -> Loss:
@@ -207,10 +220,23 @@ class RL:
         )  # fmt: skip
 
     def shaped(self, batch: Batch) -> Tensor:
-        """(B,) scores, cut to the clip, less the penalty of a response without an end."""
+        """(B,) scores, normalised and cut to the clip as set, less the penalty of a response without an end."""
         assert batch.scores is not None
-        scores = batch.scores if self.reward_clip is None else batch.scores.clamp(-self.reward_clip, self.reward_clip)
-        return scores - self.missing_eos_penalty * (~batch.extra["ended"]) if self.missing_eos_penalty else scores
+        mean, deviation = self.scale
+        return self._cut((batch.scores - mean) / deviation) - self._unended(batch)
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """(mean, deviation) that rewards are normalised by."""
+        if self.reward_norm == "none" or self.seen[0] < 2:
+            return 0.0, 1.0
+        return self.seen[1], max((self.seen[2] / (self.seen[0] - 1)) ** 0.5, 1e-6)
+
+    def _cut(self, rewards: Tensor) -> Tensor:
+        return rewards if self.reward_clip is None else rewards.clamp(-self.reward_clip, self.reward_clip)
+
+    def _unended(self, batch: Batch) -> Tensor | float:
+        return self.missing_eos_penalty * (~batch.extra["ended"]) if self.missing_eos_penalty else 0.0
 
     def penalty(self, batch: Batch) -> Tensor | float:
         """(B, T) what the KL takes from the reward of each token; 0 where it is not in the reward."""
@@ -225,8 +251,15 @@ class RL:
         return self.shaped(batch) - (penalty.sum(1) if isinstance(penalty, Tensor) else 0.0)
 
     def token_rewards(self, batch: Batch) -> Tensor:
-        """(B, T) less the KL of each token, and the shaped score at the last: the reward of a method with token actions."""
-        return ops.last_token(batch.mask) * self.shaped(batch)[:, None] - self.penalty(batch)
+        """(B, T) the reward of a method with token actions: the shaped score at the last, or what a reward gives each token
+        (normalised and cut by itself), less the KL of each token."""
+        tokens, last = batch.extra.get("token_scores"), ops.last_token(batch.mask)
+        if tokens is None:
+            return last * self.shaped(batch)[:, None] - self.penalty(batch)
+        mean, deviation = self.scale
+        missing = self._unended(batch)
+        at_end = mean / deviation + (missing[:, None] if isinstance(missing, Tensor) else missing)
+        return self._cut(tokens / deviation) - last * at_end - self.penalty(batch)
 
 
 def draw(algo: Any, policy: Policy, rows: list[Row], generator: torch.Generator) -> Batch:

@@ -14,13 +14,21 @@ from alignkit.errors import UserError, suggest
 
 
 class Reward(Protocol):
-    """``(B,)`` float32, one score a response. The data row, with all its columns, is in ``batch.rows``."""
+    """``(B,)`` float32, one score a response, or ``(B, T)``, what each token adds to it. The data row, with all its columns,
+    is in ``batch.rows``."""
 
     def __call__(self, batch: Batch) -> Tensor: ...
 
 
 def scores_of(reward: Reward, batch: Batch) -> Tensor:
-    """What a reward gives to a batch: (B,) float32, on the batch's device. A list of numbers will do.
+    """What a reward gives to a batch: (B,) float32, on the batch's device. As ``judged``."""
+    scores = judged(reward, batch).scores
+    assert scores is not None
+    return scores
+
+
+def judged(reward: Reward, batch: Batch) -> Batch:
+    """The batch with its ``scores``; of a reward a token also with ``extra["token_scores"]`` (B, T). A list of numbers will do.
 
     Raises:
         UserError: another shape, or a score that is not finite; names the row.
@@ -31,6 +39,10 @@ def scores_of(reward: Reward, batch: Batch) -> Tensor:
             found = torch.tensor([float(x) for x in found])
         except (TypeError, ValueError):
             raise UserError(f"the reward gave {type(found).__name__}; it must give one number a response.") from None
+    tokens = None
+    if found.dim() == 2 and found.shape == batch.mask.shape:
+        tokens = (found.float() * batch.mask).to(batch.mask.device)
+        found = tokens.sum(1)
     if found.shape != (len(batch),):
         raise UserError(f"the reward gave scores of shape {tuple(found.shape)} for {len(batch)} responses.")
     scores = found.float()
@@ -39,7 +51,8 @@ def scores_of(reward: Reward, batch: Batch) -> Tensor:
         raise UserError(
             f"the reward of row {batch.rows[bad[0]]['id']} is {float(scores[bad[0]])}, response {batch.responses[bad[0]]!r}."
         )
-    return scores.to(batch.mask.device)
+    extra = batch.extra if tokens is None else {**batch.extra, "token_scores": tokens}
+    return batch.with_(scores=scores.to(batch.mask.device), extra=extra)
 
 
 def column_of(row: Row, column: str) -> object:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from alignkit.batch import Batch
-from alignkit.rewards import scores_of
+from alignkit.ops import last_token
+from alignkit.rewards import judged
 
 
 @dataclass(kw_only=True)
@@ -25,5 +26,14 @@ class Mix:
             )
 
     def __call__(self, batch: Batch) -> Tensor:
-        parts = [weight * scores_of(self.rewards[name], batch) for name, weight in self.weights.items()]
+        """(B,); (B, T) where a part is a token's, with the others at the last token."""
+        found = {name: judged(reward, batch) for name, reward in self.rewards.items()}
+        tokens = any("token_scores" in part.extra for part in found.values())
+        parts = [self.weights[name] * _given(part, tokens) for name, part in found.items()]
         return sum(parts[1:], parts[0])
+
+
+def _given(part: Batch, tokens: bool) -> Tensor:
+    assert part.scores is not None
+    found = part.extra.get("token_scores", last_token(part.mask) * part.scores[:, None])
+    return found if tokens else part.scores

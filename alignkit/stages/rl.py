@@ -16,7 +16,7 @@ from alignkit.config import Model
 from alignkit.data import Data
 from alignkit.ops import group_mean
 from alignkit.policy import Policy, load, reference
-from alignkit.rewards import Reward, scores_of
+from alignkit.rewards import Reward, judged
 from alignkit.run import Run
 from alignkit.scoring import by_parts
 from alignkit.stages.evaluate import HeldOut
@@ -54,6 +54,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
             run.count("tokens/sampled", float(batch.drawn().mask.sum()) + batch.probe_tokens)
             with run.phase("score"):
                 scored = score(algo, policy, reward, start, batch)
+                algo.observe(scored)
                 batch = algo.credit(scored)
             run.count("tokens/trained", float(batch.mask.sum()) * algo.epochs)
             with run.phase("update"):
@@ -99,7 +100,7 @@ def _limit(algo: RL) -> str:
 def score(algo: RL, policy: Policy, reward: Reward, start: Callable[[Batch], Tensor] | None, batch: Batch) -> Batch:
     """The sampled batch with scores, and the start model's log-probabilities and values where the method wants them."""
     if batch.scores is None:
-        batch = batch.with_(scores=scores_of(reward, batch))
+        batch = judged(reward, batch)
     if start is not None:
         batch = batch.with_(ref_logprobs=start(batch))
     critic = algo.critic
