@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from omegaconf import OmegaConf
@@ -61,17 +62,18 @@ class Constraint:
         """The pairs of a step with ``extra["ceiling"]``: (2N,) delta* on both rows of a pair, no gradient."""
         return batch.with_(extra={**batch.extra, "ceiling": self._ceilings(batch, generator).repeat_interleave(2)})
 
-    def survey(self, model: Any, rows: list[Row], run: Run, texts: list[str]) -> None:
-        """Before the first step: similarities, where an encoder gives them, and the distribution of the ceilings."""
+    def survey(self, pairs: Callable[[list[Row]], Batch], rows: list[Row], run: Run, texts: list[str]) -> None:
+        """Before the first step: similarities, where an encoder gives them, and the distribution of the ceilings.
+
+        Args:
+            pairs: what makes a batch of rows, the chosen response of each before the rejected one.
+        """
         if self.kind == "cosine":
             found = run.keep("similarity", lambda: self._cosines(rows, run, texts))
             for row, s in zip(rows, found.tolist(), strict=True):
                 row[KEY] = s
         ceilings = torch.cat(
-            [
-                self._ceilings(model.pairs(rows[i : i + 512]), run.generator(0, "ceiling"))
-                for i in range(0, len(rows), 512)
-            ]
+            [self._ceilings(pairs(rows[i : i + 512]), run.generator(0, "ceiling")) for i in range(0, len(rows), 512)]
         )
         at = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
         quantiles = torch.quantile(ceilings.double().cpu(), torch.tensor(at, dtype=torch.float64)).tolist()

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from alignkit import ops
+from alignkit import ops, policy
 from alignkit.batch import Batch
+from alignkit.comparator import SETTINGS, Comparator
 from alignkit.config import Model
 from alignkit.data import Row
 from alignkit.decode import takes
@@ -26,7 +27,6 @@ from alignkit.heads import Head, Scalar
 from alignkit.loading import read, resolve
 from alignkit.reader import Reader
 
-SETTINGS = "reward_model.json"
 CHUNK = 512  # rows that are tokenized at a time
 
 
@@ -252,7 +252,7 @@ class RewardModel(Reader):
             self.encode_responses([row["response"] for row in rows]), rows, [row["response"] for row in rows]
         )
 
-    def pairs(self, rows: list[Row], max_tokens: int | None = None) -> Batch:
+    def pairs(self, rows: list[Row]) -> Batch:  # type: ignore[override]
         """Rows with ``chosen`` and ``rejected``: two rows a group, the chosen one first."""
         batch = self.responses(both_sides(rows))
         return batch.with_(group=batch.group // 2, rows=[row for row in rows for _ in range(2)])
@@ -424,7 +424,7 @@ def build(cfg: Model, reading: Reading, seed: int, texts: list[str], checkpoint:
     return model
 
 
-def load(path: str, device: str = "auto", compute: str = "same") -> RewardModel:
+def load(path: str, device: str = "auto", compute: str = "same") -> RewardModel | Comparator:
     """A trained reward model: a run or folder of alignkit, or any ``AutoModelForSequenceClassification`` with one label.
 
     Raises:
@@ -437,8 +437,10 @@ def load(path: str, device: str = "auto", compute: str = "same") -> RewardModel:
         raise UserError(
             f"{path} is no reward model: {folder} has neither {SETTINGS} nor a head `score`. Train one with +algo=bt."
         )
-    reading = Reading.from_json(settings["reading"]) if settings else Reading()
-    model = build(Model(path=path, device=device, compute=compute), reading, 0, [])
+    cfg = Model(path=path, device=device, compute=compute)
+    if settings and settings["kind"] == "comparator":
+        return Comparator(policy.load(cfg, 0), *(settings[k] for k in ("template", "yes", "no")))
+    model = build(cfg, Reading.from_json(settings["reading"]) if settings else Reading(), 0, [])
     if settings:
         model.mean, model.std, model.test = settings["mean"], settings["std"], settings["test"]
     model.model.requires_grad_(False)

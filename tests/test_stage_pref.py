@@ -40,10 +40,10 @@ def pairs() -> list[dict[str, Any]]:
     ]
 
 
-def with_references(policy, batch, start=None):
+def with_references(algo, policy, batch, start=None):
     with torch.no_grad():
         summed = ((start or policy).forward(batch) * batch.mask).sum(1)
-    return batch.with_(extra={"ref_logprob": summed})
+    return algo.prepare(policy, batch.with_(extra={"ref_logprob": summed}), torch.Generator())
 
 
 def gradient(algo: Pref, policy, parts) -> torch.Tensor:
@@ -64,8 +64,8 @@ def test_methods_are_found() -> None:
 def test_micro_batches_do_not_change_the_gradient(name: str, policy, pairs) -> None:
     policy.model.double()
     policy.compute = torch.float64
-    batch = with_references(policy, policy.pairs(pairs))
     algo = method(name)
+    batch = with_references(algo, policy, policy.pairs(pairs))
     whole, parts = gradient(algo, policy, [batch]), batch.split(1)
     assert len(parts) == 6
     scale = float(whole.abs().max())  # log-probabilities are float32 whatever the model is
@@ -79,7 +79,7 @@ def test_a_few_steps_rank_the_pairs_as_given(name: str, policy, pairs) -> None:
     start.model = copy.deepcopy(policy.model)
     algo = method(name)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.01)
-    batch = with_references(policy, policy.pairs(pairs), start)
+    batch = with_references(algo, policy, policy.pairs(pairs), start)
     with torch.no_grad():
         before = algo.margins(algo.pairs(policy, batch))
     for _ in range(25):
@@ -94,10 +94,10 @@ def test_a_few_steps_rank_the_pairs_as_given(name: str, policy, pairs) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_chosen_and_rejected_changed_over_turn_the_margin(name: str, policy, pairs) -> None:
-    batch = with_references(policy, policy.pairs(pairs))
+    algo = method(name)
+    batch = with_references(algo, policy, policy.pairs(pairs))
     batch.extra["ref_logprob"] = batch.extra["ref_logprob"] + torch.linspace(-1, 1, 12)
     index = torch.arange(12).view(-1, 2).flip(1).flatten()
-    algo = method(name)
     with torch.no_grad():
         one, other = (algo.margins(algo.pairs(policy, b)) for b in (batch, batch.take(index)))
     torch.testing.assert_close(one, -other, atol=1e-4, rtol=1e-4)

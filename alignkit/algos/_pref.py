@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -21,6 +21,7 @@ class Pairs:
     ref_logprobs: Tensor | None  # (N, 2) under the start model
     ids: Tensor  # (N, 2, T) int64
     mask: Tensor  # (N, 2, T) bool
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (N, 2, ...) what the method's `prepare` has put there
 
     @property
     def lengths(self) -> Tensor:
@@ -78,6 +79,7 @@ class Pref(Fit):
             None if ref is None else ref.view(-1, 2),
             batch.response_ids.view(wide),
             batch.mask.view(wide),
+            {name: x.view(-1, 2, *x.shape[1:]) for name, x in batch.extra.items()},
         )
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:

@@ -36,7 +36,7 @@ class PCRM(RM):
             raise ValueError("readout=token_mean needs pooling=last or eos, of which each token has a score")
 
     def survey(self, model: Any, rows: list[Row], run: Run, texts: list[str]) -> None:
-        self.constraint.survey(model, rows, run, texts)
+        self.constraint.survey(model.pairs, rows, run, texts)
 
     def prepare(self, model: Any, batch: Batch, generator: torch.Generator) -> Batch:
         return self.constraint.prepare(batch, generator)

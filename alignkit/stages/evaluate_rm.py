@@ -86,7 +86,7 @@ class HeldOutRewards:
             scores = model.score(both_sides(rows))
             margins = ((scores[0::2] - scores[1::2]).double() * model.std).tolist()
         else:
-            margins = torch.logit(model.compare(rows)).tolist()
+            margins = torch.logit(model.compare(rows), eps=1e-12).tolist()
         entries = []
         for i, (row, margin) in enumerate(zip(rows, margins, strict=True)):
             entry = {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"], "margin": margin}

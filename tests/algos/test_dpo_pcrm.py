@@ -1,4 +1,4 @@
-"""DPO with PCRM's ceiling against the method card (pcrm.md, numeric checks P-1, P-2, P-4, P-5, P-7)."""
+"""PCRM's ceiling, alone and with DPO, against the method card (pcrm.md, numeric checks P-1, P-2, P-4, P-5, P-7)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,29 @@ from alignkit import losses, ops
 from alignkit.algos._pref import Pairs
 from alignkit.algos.dpo import DPO
 from alignkit.algos.dpo_pcrm import DPOPCRM
+from alignkit.batch import Batch
+from alignkit.constraint import Constraint
 
 
 def pair(chosen: list[int], rejected: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Padded with 0, as the card writes them."""
     ids = torch.tensor([[chosen, rejected]])
     return ids, ids != 0
+
+
+def prepared(algo: DPOPCRM, logprobs: torch.Tensor, ref: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> Pairs:
+    """The pairs with their ceilings, as a step has them."""
+    flat = ids.flatten(0, 1)
+    rows = [{"id": i // 2} for i in range(len(flat))]
+    one = torch.ones(len(flat), 1, dtype=torch.long)
+    group = torch.arange(len(flat)) // 2
+    batch = Batch(one, one.bool(), flat, mask.flatten(0, 1), group, rows, ["y"] * len(flat))
+    ceiling = algo.prepare(None, batch, torch.Generator()).extra["ceiling"]
+    return Pairs(logprobs, ref, ids, mask, {"ceiling": ceiling.view(-1, 2)})
+
+
+def dpo_pcrm(**constraint: object) -> DPOPCRM:
+    return DPOPCRM(constraint=Constraint(**{"beta1": 20.0, "beta3": -15.0, **constraint}))
 
 
 P7 = (torch.tensor([[-40.0, -50.0]], dtype=torch.float64), torch.tensor([[-43.0, -48.0]], dtype=torch.float64))
@@ -43,8 +60,8 @@ def test_p2_loss_and_gradient_at_a_ceiling_of_5(d: float, loss: float, gradient:
     """Through the method: log pi/ref of the chosen one is d / beta."""
     logprobs = torch.tensor([[d / 0.1, 0.0]], dtype=torch.float64, requires_grad=True)
     ids, mask = tokens([3, 3])
-    algo = DPOPCRM(constraint="fixed", fixed=5.0)
-    found = algo.pair_losses(Pairs(logprobs, torch.zeros(1, 2), ids, mask))
+    algo = dpo_pcrm(kind="fixed", fixed=5.0)
+    found = algo.pair_losses(prepared(algo, logprobs, torch.zeros(1, 2), ids, mask))
     found.sum().backward()
     assert found.tolist() == pytest.approx([loss], abs=1e-6)
     assert float(logprobs.grad[0, 0]) / 0.1 == pytest.approx(gradient, abs=1e-6)
@@ -54,8 +71,8 @@ def test_p4_length_ratio() -> None:
     ids, mask = pair([5, 6, 7, 11, 12, 13, 14, 15, 2, 0], [5, 6, 7, 21, 22, 2, 0, 0, 0, 0])
     assert ops.length_ratio(ids, mask).tolist() == [0.5]
     assert ops.length_ratio(ids.flip(1), mask.flip(1)).tolist() == [0.5]
-    algo = DPOPCRM(beta1=10, beta3=-5)
-    assert algo.ceilings(Pairs(torch.zeros(1, 2), None, ids, mask)).tolist() == pytest.approx([14.960080], abs=1e-5)
+    pairs = prepared(dpo_pcrm(beta1=10.0, beta3=-5.0), torch.zeros(1, 2), torch.zeros(1, 2), ids, mask)
+    assert pairs.extra["ceiling"][0].tolist() == pytest.approx([14.960080] * 2, abs=1e-5)
 
 
 def test_length_ratio_of_equal_responses_is_1_and_of_a_prefix_0() -> None:
@@ -75,19 +92,23 @@ def test_p5_angular() -> None:
 )
 def test_p7_dpo(lengths: list[int], smoothing: float, wanted: float) -> None:
     """Policy over reference +3 and -2, beta .1: d = .5; s = 1 and .5, delta* of (20, .001, -15)."""
-    pairs = Pairs(*P7, *tokens(lengths))
-    assert DPOPCRM(smoothing=smoothing).pair_losses(pairs).tolist() == pytest.approx([wanted], abs=1e-6)
+    algo = dpo_pcrm()
+    algo.smoothing = smoothing
+    pairs = prepared(algo, *P7, *tokens(lengths))
+    assert algo.pair_losses(pairs).tolist() == pytest.approx([wanted], abs=1e-6)
 
 
 def test_p7_gradient() -> None:
     logprobs = P7[0].clone().requires_grad_()
-    DPOPCRM().pair_losses(Pairs(logprobs, P7[1], *tokens([4, 4]))).sum().backward()
+    algo = dpo_pcrm()
+    algo.pair_losses(prepared(algo, logprobs, P7[1], *tokens([4, 4]))).sum().backward()
     assert float(logprobs.grad[0, 0]) / 0.1 == pytest.approx(-0.3663345, abs=1e-6)
 
 
 def test_without_weight_it_is_dpo() -> None:
-    pairs = Pairs(*P7, *tokens([4, 4]))
-    torch.testing.assert_close(DPOPCRM(weight=0.0).pair_losses(pairs), DPO().pair_losses(pairs))
+    algo = dpo_pcrm(weight=0.0)
+    pairs = prepared(algo, *P7, *tokens([4, 4]))
+    torch.testing.assert_close(algo.pair_losses(pairs), DPO().pair_losses(pairs))
 
 
 def test_the_least_loss_is_at_half_the_ceiling() -> None:
@@ -97,11 +118,12 @@ def test_the_least_loss_is_at_half_the_ceiling() -> None:
     even = torch.tensor(2.25, dtype=torch.float64)
     assert float(losses.logistic(even) * 2) == pytest.approx(0.200413, abs=1e-6)
     assert float(loss.min()) > 0.200413
-    pairs = Pairs(torch.tensor([[22.4, 0.0], [22.6, 0.0]]), torch.zeros(2, 2), *tokens([3, 3], [3, 3]))
-    found = DPOPCRM(constraint="fixed").metrics(pairs)
+    algo = dpo_pcrm(kind="fixed")
+    logprobs = torch.tensor([[22.4, 0.0], [22.6, 0.0]])
+    found = algo.metrics(prepared(algo, logprobs, torch.zeros(2, 2), *tokens([3, 3], [3, 3])))
     assert found == {"ceiling": 4.5, "past_target": 0.5}
 
 
 def test_a_ceiling_that_would_reverse_preferences_is_refused() -> None:
     with pytest.raises(ValueError, match="reversed"):
-        DPOPCRM(beta1=10, beta3=-15)
+        Constraint(beta1=10, beta3=-15)
