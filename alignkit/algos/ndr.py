@@ -321,7 +321,7 @@ def _margins(golden: Array, proxy: Array, bins: int, i: int, j: int) -> Array:
 def _scatter(rho: Array, ndr: Array) -> Array:
     """(B,) deviation of NDR from its own straight line in rho, both (B, M): what models of equal accuracy differ by."""
     m = rho.shape[1]
-    r = ranking.pearson(rho, ndr)
+    r = np.nan_to_num(ranking.pearson(rho, ndr))  # of one model drawn M times there is no line
     return ndr.std(1) * np.sqrt((1 - r * r).clip(0) * m / (m - 2))
 
 
