@@ -23,6 +23,9 @@ class Measured:
     start: Array  # (P,) golden value of the uniform policy
     best: dict[str, Array]  # optimiser → (P,) that of the policy optimised on the golden reward
     reached: dict[str, Array]  # optimiser → (M, P) that of the policy optimised on each reward model
+    kl: dict[
+        str, Array
+    ]  # optimiser → (1 + M,) mean KL of these policies from the uniform one, the golden reward's first
 
     def error(self, optimiser: str) -> float:
         """Standard error of the mean gain over prompts."""
@@ -46,8 +49,10 @@ class NDR:
 
     If golden and proxy are jointly normal, NDR is rho = sin(pi (accuracy - 1/2)) under either optimiser, in expectation
     over prompts, whatever the number of candidates (a subset of independent draws is independent draws). So the
-    regressional family must lie on that line; what the others do is measured. Intervals are 95 % bootstrap intervals
-    over reward models (within families) and prompts; those of correlations over reward models alone.
+    regressional family must lie on that line; what the others do is measured. The policy gradient takes the same steps
+    for every reward model: early on, NDR also tells how fast the shape of its scores lets it go (column ``kl``); with
+    many steps it ends at the candidate that scores best. Intervals are 95 % bootstrap intervals over reward models
+    (within families) and prompts; those of correlations over reward models alone.
     """
 
     prompts: int = 200
@@ -63,7 +68,7 @@ class NDR:
     train_steps: int = 150  # of Adam on all pairs at once
     train_rate: float = 0.03
     best_of: tuple[int, ...] = (2, 4, 16, 64)
-    pg_steps: int = 40  # of the policy gradient; with many it ends at the candidate that scores best
+    pg_steps: tuple[int, ...] = (40, 200)  # of the policy gradient, looked at after each
     pg_rate: float = 1.0
     responses: tuple[int, ...] = (2, 4, 8, 16, 64)  # a prompt, in variants of accuracy; 2: one random pair a prompt
     bins: int = 4  # of the golden ranking, in variants of accuracy
@@ -74,13 +79,15 @@ class NDR:
         need(
             self, "prompts >= 2", "candidates >= 5", "features >= 2", "models >= 3", "noise > 0", "flips > 0",
             "flips < 0.5", "cut > 0", "cut < 1", "pairs >= 1", "hidden >= 0", "train_steps >= 0", "train_rate > 0",
-            "pg_steps >= 1", "pg_rate > 0", "bins >= 1", "resamples >= 1",
+            "pg_rate > 0", "bins >= 1", "resamples >= 1",
         )  # fmt: skip
         if self.golden not in ("mlp", "linear"):
             raise ValueError(f"golden must be mlp or linear, is '{self.golden}'")
         for name, sizes in (("best_of", self.best_of), ("responses", self.responses), ("bins", [max(2, self.bins)])):
             if not sizes or min(sizes) < 2 or max(sizes) > self.candidates:
                 raise ValueError(f"{name} must be between 2 and candidates ({self.candidates}), is {list(sizes)}")
+        if not self.pg_steps or min(self.pg_steps) < 1:
+            raise ValueError(f"pg_steps must be at least 1, is {list(self.pg_steps)}")
 
     def run(self, seed: int) -> dict[str, Any]:
         """Tables (name → rows), summary (metric → value, low, high) and the verdict."""
@@ -102,19 +109,21 @@ class NDR:
         tables = {
             "families": family_rows,
             "correlations": self._correlation_rows([self.variants(golden, p) for p in proxies], proxy_rows, drawn),
-            "optimisers": self._optimiser_rows(golden, seen),
+            "optimisers": self._optimiser_rows(seen),
             "proxies": proxy_rows,
         }
         return {"tables": tables, "summary": _summary(tables), "verdict": self._verdict(family_rows, scatters)}
 
     def measure(self, golden: Array, proxies: Array) -> Measured:
         """Accuracy and the optimised policies' golden values, of golden (P, K) and proxies (M, P, K)."""
-        values = [{k: (v * golden).sum(-1) for k, v in self.optimise(scores).items()} for scores in (golden, *proxies)]
+        policies = [self.optimise(scores) for scores in (golden, *proxies)]
+        values = {k: np.stack([(p[k] * golden).sum(-1) for p in policies]) for k in policies[0]}
         return Measured(
             right=np.stack([ranking.pair_accuracy(golden, proxy) for proxy in proxies]),
             start=golden.mean(-1),
-            best=values[0],
-            reached={name: np.stack([v[name] for v in values[1:]]) for name in values[0]},
+            best={k: v[0] for k, v in values.items()},
+            reached={k: v[1:] for k, v in values.items()},
+            kl={k: np.array([_kl_from_uniform(p[k]) for p in policies]) for k in values},
         )
 
     def world(self, seed: int) -> tuple[Array, Array, Array]:
@@ -152,12 +161,14 @@ class NDR:
 
     def optimise(self, scores: Array) -> dict[str, Array]:
         """Optimiser → policy (P, K), the chance of each candidate, from scores (P, K); before optimising it is 1 / K."""
-        logits = np.zeros_like(scores)
-        for _ in range(self.pg_steps):
-            policy = _softmax(logits)
+        policies = {f"best_of_{n}": ranking.best_of_policy(scores, n) for n in self.best_of}
+        logits, policy = np.zeros_like(scores), np.full_like(scores, 1 / scores.shape[-1])
+        for step in range(1, max(self.pg_steps) + 1):
             logits += self.pg_rate * policy * (scores - (policy * scores).sum(-1, keepdims=True))
-        best = {f"best_of_{n}": ranking.best_of_policy(scores, n) for n in self.best_of}
-        return {**best, "policy_gradient": _softmax(logits)}
+            policy = _softmax(logits)
+            if step in self.pg_steps:
+                policies[f"policy_gradient_{step}"] = policy
+        return policies
 
     def variants(self, golden: Array, proxy: Array) -> dict[str, float]:
         """Accuracy and other measures of a proxy (P, K), means over prompts.
@@ -220,14 +231,13 @@ class NDR:
                 scores.append(_reward(weights, torch.tensor(x * keep)).numpy())
         return scores
 
-    def _optimiser_rows(self, golden: Array, seen: Measured) -> list[dict[str, Any]]:
+    def _optimiser_rows(self, seen: Measured) -> list[dict[str, Any]]:
         """What each optimiser does with the golden reward: KL from the uniform policy, gain and its standard error."""
-        rows = []
-        for name, policy in self.optimise(golden).items():
-            kl = (policy * np.log(np.maximum(policy * self.candidates, 1e-300))).sum(-1).mean()
-            gain = (seen.best[name] - seen.start).mean()
-            rows.append({"optimiser": name, "kl": float(kl), "gain": float(gain), "gain_error": seen.error(name)})
-        return rows
+        return [
+            {"optimiser": name, "kl": float(seen.kl[name][0]), "gain": float((best - seen.start).mean()),
+             "gain_error": seen.error(name)}
+            for name, best in seen.best.items()
+        ]  # fmt: skip
 
     def _proxy_rows(self, seen: Measured) -> list[dict[str, Any]]:
         """A row for each reward model: accuracy, the correlation that it predicts, NDR by optimiser."""
@@ -257,7 +267,7 @@ class NDR:
                 values = {"accuracy": accuracy, "rho": rho, "ndr": ndr, "residual": ndr - rho}
                 means = {k: v[:, of].mean(1) for k, v in values.items()}
                 columns = _columns({**means, "scatter": scatters[name, group]})
-                rows.append({"family": group, "optimiser": name, **columns})
+                rows.append({"family": group, "optimiser": name, "kl": float(seen.kl[name][1 + of].mean()), **columns})
         return rows, scatters
 
     def _correlation_rows(
@@ -282,13 +292,15 @@ class NDR:
         ]
         names = [r["optimiser"] for r in regressional]
         hardest = f"best_of_{max(self.best_of)}"
-        for row in [r for r in rows if r["optimiser"] == hardest and r["family"] != "regressional"]:
-            more = {n: scatters[n, row["family"]] - scatters[n, "regressional"] for n in names}
+        for group in (*self.families[1:], "all"):
+            mine = {r["optimiser"]: r for r in rows if r["family"] == group}
+            residuals = [f"{_text(mine[n], 'residual')} ({n})" for n in names if n == hardest or "gradient" in n]
+            more = {n: scatters[n, group] - scatters[n, "regressional"] for n in names}
             grows = [n for n in names if np.percentile(more[n][1:], 2.5) > 0]
             under = "every optimiser" if len(grows) == len(names) else ", ".join(grows) or "none"
             parts.append(
-                f"{row['family']}: mean residual {_text(row, 'residual')} under {hardest}, more scatter at equal accuracy "
-                f"than regressional under {under}"
+                f"{group}: mean residual {', '.join(residuals)}; more scatter at equal accuracy than regressional "
+                f"under {under}"
             )
         return ". ".join(parts) + "."
 
@@ -310,6 +322,12 @@ def _normal_scores(values: Array) -> Array:
 def _softmax(logits: Array) -> Array:
     p = np.exp(logits - logits.max(-1, keepdims=True))
     return p / p.sum(-1, keepdims=True)
+
+
+def _kl_from_uniform(policy: Array) -> float:
+    """Mean over prompts of a policy's (P, K) KL from 1 / K."""
+    k = policy.shape[-1]
+    return float((policy * np.log(np.maximum(policy * k, 1e-300))).sum(-1).mean())
 
 
 def _margins(golden: Array, proxy: Array, bins: int, i: int, j: int) -> Array:

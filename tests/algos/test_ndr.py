@@ -14,9 +14,9 @@ from alignkit.algos.ndr import NDR
 
 SMALL: dict[str, Any] = {
     "prompts": 60, "candidates": 16, "models": 4, "pairs": 300, "train_steps": 40,
-    "best_of": (2, 16), "responses": (2, 4), "bins": 2, "resamples": 200,
+    "best_of": (2, 16), "pg_steps": (10, 40), "responses": (2, 4), "bins": 2, "resamples": 200,
 }  # fmt: skip
-OPTIMISERS = ["best_of_2", "best_of_16", "policy_gradient"]
+OPTIMISERS = ["best_of_2", "best_of_16", "policy_gradient_10", "policy_gradient_40"]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def test_tables(found: dict[str, Any]) -> None:
     tables = found["tables"]
     assert [r["optimiser"] for r in tables["optimisers"]] == OPTIMISERS
     assert len(tables["proxies"]) == 5 * 4
-    assert len(tables["families"]) == (5 + 1) * 3
+    assert len(tables["families"]) == (5 + 1) * 4
     # responses_2, responses_4, budget_4, three pairs of bins, six correlations and such, best_of_5, ece
-    assert len(tables["correlations"]) == (3 + 3 + 6 + 2) * 3
+    assert len(tables["correlations"]) == (3 + 3 + 6 + 2) * 4
     for row in tables["families"]:
         assert row["residual"] == pytest.approx(row["ndr"] - row["rho"])
         assert row["ndr_low"] <= row["ndr"] <= row["ndr_high"]
@@ -84,7 +84,7 @@ def test_golden_random_and_reversed_proxies() -> None:
     """NDR 1; about 0, within 4 standard errors; about -1, since normal values are alike upside down."""
     study = NDR(**{**SMALL, "prompts": 400})
     golden, _, _ = study.world(0)
-    assert ratios(study, golden, golden) == [1.0] * 3
+    assert ratios(study, golden, golden) == [1.0] * 4
     random = np.random.default_rng(1).standard_normal(golden.shape)
     policies = study.optimise(random)
     for ratio, o in zip(ratios(study, golden, random), OPTIMISERS, strict=True):
@@ -161,8 +161,18 @@ def test_policies_are_distributions() -> None:
 
 def test_one_step_of_the_policy_gradient() -> None:
     """Scores 1, 0 at the uniform policy: gradient p (r - J) = ±1/4, logits ±1/2 at rate 2, policy sigmoid(1)."""
-    policy = NDR(**{**SMALL, "best_of": (2,), "pg_steps": 1, "pg_rate": 2.0}).optimise(np.array([[1.0, 0.0]]))
-    np.testing.assert_allclose(policy["policy_gradient"][0, 0], 1 / (1 + math.exp(-1)))
+    policy = NDR(**{**SMALL, "best_of": (2,), "pg_steps": (1,), "pg_rate": 2.0}).optimise(np.array([[1.0, 0.0]]))
+    np.testing.assert_allclose(policy["policy_gradient_1"][0, 0], 1 / (1 + math.exp(-1)))
+
+
+def test_many_steps_of_the_policy_gradient_end_at_the_best_score() -> None:
+    study = NDR(**{**SMALL, "pg_steps": (5, 5000)})
+    scores = study.world(0)[1][0]
+    late = study.optimise(scores)["policy_gradient_5000"]
+    assert (late.argmax(-1) == scores.argmax(-1)).all()
+    seen = study.measure(scores, scores[None])
+    early, end = seen.kl["policy_gradient_5"], seen.kl["policy_gradient_5000"]
+    assert early[0] == early[1] < end[0] and end[0] == pytest.approx(math.log(16), abs=0.1)
 
 
 def test_equal_budget_is_fewer_prompts() -> None:
@@ -179,7 +189,7 @@ def test_equal_budget_is_fewer_prompts() -> None:
     "wrong",
     [
         {"prompts": 1}, {"noise": 0.0}, {"flips": 0.5}, {"cut": 1.0}, {"models": 2}, {"best_of": (2, 17)},
-        {"responses": (1,)}, {"bins": 17}, {"golden": "tree"}, {"resamples": 0}, {"best_of": ()},
+        {"responses": (1,)}, {"bins": 17}, {"golden": "tree"}, {"resamples": 0}, {"best_of": ()}, {"pg_steps": (0, 5)},
     ],
 )  # fmt: skip
 def test_ranges(wrong: dict[str, Any]) -> None:
