@@ -55,7 +55,7 @@ class NDR:
     (within families) and prompts; those of correlations over reward models alone.
     """
 
-    prompts: int = 200
+    prompts: int = 200  # of the bandit; candidates are drawn afresh for each
     candidates: int = 64  # responses to a prompt that are ranked and chosen from
     features: int = 8  # of a response, standard normal; one more is its length, which the golden reward ignores
     golden: Literal["mlp", "linear"] = "mlp"  # what the golden reward is of the features, before the map by rank
@@ -66,11 +66,11 @@ class NDR:
     pairs: int = 2000  # training pairs of a reward model
     hidden: int = 16  # units of a trained reward model; 0: linear
     train_steps: int = 150  # of Adam on all pairs at once
-    train_rate: float = 0.03
-    best_of: tuple[int, ...] = (2, 4, 16, 64)
+    train_rate: float = 0.03  # learning rate of Adam
+    best_of: tuple[int, ...] = (2, 4, 16, 64)  # n of best-of-n, drawn from the candidates without replacement
     pg_steps: tuple[int, ...] = (40, 200)  # of the policy gradient, looked at after each
-    pg_rate: float = 1.0
-    responses: tuple[int, ...] = (2, 4, 8, 16, 64)  # a prompt, in variants of accuracy; 2: one random pair a prompt
+    pg_rate: float = 1.0  # its step size on the logits
+    responses: tuple[int, ...] = (2, 4, 8, 16, 64)  # to a prompt, in variants of accuracy; 2: one random pair
     bins: int = 4  # of the golden ranking, in variants of accuracy
     resamples: int = 1000  # behind the intervals
     families: ClassVar[tuple[str, ...]] = ("regressional", "length", "flips", "missing", "truncated")
