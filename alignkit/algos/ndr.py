@@ -174,8 +174,8 @@ class NDR:
         """Accuracy and other measures of a proxy (P, K), means over prompts.
 
         ``responses_k``: all pairs of k responses a prompt; ``budget_k``: as few prompts as make it as many responses as two
-        a prompt; ``bins_i_j``: chosen from bin i, rejected from bin j of the golden ranking, 0 the best. ``ece`` depends on the scale
-        of the scores, here unit variance.
+        a prompt; ``bins_i_j``: chosen from bin i, rejected from bin j of the golden ranking, 0 the best.
+        ``ece`` depends on the scale of the scores, here unit variance.
         """
         found = {}
         for k in self.responses:
