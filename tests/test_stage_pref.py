@@ -40,10 +40,18 @@ def pairs() -> list[dict[str, Any]]:
     ]
 
 
-def with_references(policy, batch, start=None):
+def judged(algo: Pref, policy, rows, start=None):
+    """The pairs with what the stage asks of the start model."""
+    start = start or policy
+    batch = policy.pairs(algo.prepare(rows, ("chosen", "rejected")))
     with torch.no_grad():
-        summed = ((start or policy).forward(batch) * batch.mask).sum(1)
-    return batch.with_(extra={"ref_logprob": summed})
+        answers = {q.name: q.answer(start, batch) for q in algo.questions()}
+        return batch.with_(extra={"ref_logprob": (start.forward(batch) * batch.mask).sum(1), **answers})
+
+
+def whole(algo: Pref, policy, batch):
+    with torch.no_grad():
+        return algo.whole(policy, batch)
 
 
 def gradient(algo: Pref, policy, parts) -> torch.Tensor:
@@ -64,12 +72,12 @@ def test_methods_are_found() -> None:
 def test_micro_batches_do_not_change_the_gradient(name: str, policy, pairs) -> None:
     policy.model.double()
     policy.compute = torch.float64
-    batch = with_references(policy, policy.pairs(pairs))
     algo = method(name)
-    whole, parts = gradient(algo, policy, [batch]), batch.split(1)
+    batch = whole(algo, policy, judged(algo, policy, pairs))
+    once, parts = gradient(algo, policy, [batch]), batch.split(1)
     assert len(parts) == 6
-    scale = float(whole.abs().max())  # log-probabilities are float32 whatever the model is
-    torch.testing.assert_close(gradient(algo, policy, parts) / scale, whole / scale, atol=1e-5, rtol=0)
+    scale = float(once.abs().max())  # log-probabilities are float32 whatever the model is
+    torch.testing.assert_close(gradient(algo, policy, parts) / scale, once / scale, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -79,12 +87,12 @@ def test_a_few_steps_rank_the_pairs_as_given(name: str, policy, pairs) -> None:
     start.model = copy.deepcopy(policy.model)
     algo = method(name)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.01)
-    batch = with_references(policy, policy.pairs(pairs), start)
+    batch = judged(algo, policy, pairs, start)
     with torch.no_grad():
         before = algo.margins(algo.pairs(policy, batch))
     for _ in range(25):
         optimizer.zero_grad()
-        (algo.loss(policy, batch).total / 6).backward()
+        (algo.loss(policy, whole(algo, policy, batch)).total / 6).backward()
         optimizer.step()
     with torch.no_grad():
         after = algo.margins(algo.pairs(policy, batch))
@@ -94,10 +102,10 @@ def test_a_few_steps_rank_the_pairs_as_given(name: str, policy, pairs) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_chosen_and_rejected_changed_over_turn_the_margin(name: str, policy, pairs) -> None:
-    batch = with_references(policy, policy.pairs(pairs))
+    algo = method(name)
+    batch = judged(algo, policy, pairs)
     batch.extra["ref_logprob"] = batch.extra["ref_logprob"] + torch.linspace(-1, 1, 12)
     index = torch.arange(12).view(-1, 2).flip(1).flatten()
-    algo = method(name)
     with torch.no_grad():
         one, other = (algo.margins(algo.pairs(policy, b)) for b in (batch, batch.take(index)))
     torch.testing.assert_close(one, -other, atol=1e-4, rtol=1e-4)
@@ -166,7 +174,7 @@ def test_references_are_kept_for_the_next_run_and_their_fingerprint_tells(
     train(tmp_path, *words)
     files = {p.name for p in (tmp_path / "reference").iterdir()}
     assert len(files) == 1 and len(loads) == 2  # the policy, and the start model
-    held = load_file(tmp_path / "reference" / next(iter(files)))["logprobs"]
+    held = load_file(tmp_path / "reference" / next(iter(files)))["ref_logprob"]
     assert held.shape == (40, 2) and (held < 0).all()
     train(tmp_path, *words, "algo.beta=0.2")
     train(tmp_path, "+algo=ipo", *words[1:])
@@ -232,5 +240,7 @@ def test_long_pairs_are_cut_and_counted(tmp_path: Path, capsys: pytest.CaptureFi
 def test_data_without_pairs_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.chosen: the pref stage needs pairs"):
         check(composed(["+algo=dpo", "data=rnnlg"]))
+    with pytest.raises(UserError, match=r"data\.desirable: the sft stage would learn the undesirable responses too"):
+        check(composed(["+algo=sft", "data=custom", "data.train=x.jsonl", "data.desirable=good"]))
     with pytest.raises(UserError, match="belong together"):
         Data(train="x.jsonl", chosen="{a}")

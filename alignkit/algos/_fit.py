@@ -31,6 +31,10 @@ class Fit:
         need(self, "batch_size >= 1", "micro_tokens >= 1", "steps >= 1", "epochs > 0", "max_response_tokens >= 1")
         need_adamw(self)
 
+    def whole(self, policy: Policy, batch: Batch) -> Batch:
+        """A step's batch before it is split, without a graph: what the loss needs of all its rows goes into ``extra``."""
+        return batch
+
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         """The method's loss of one micro-batch."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(policy, batch)")

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from alignkit.batch import Batch
 from alignkit.data import Row
 from alignkit.ops import warmup_decay
@@ -38,7 +40,8 @@ def fit(
             with run.phase("update"):
                 batch = collate(run.draw(rows, algo.batch_size, step))
                 rate = algo.lr * warmup_decay(step, steps, algo.warmup, algo.schedule, algo.floor)
-                parts = batch.split(algo.micro_tokens)
+                with torch.no_grad():
+                    parts = algo.whole(policy, batch).split(algo.micro_tokens)
                 metrics = run.update(
                     optimizer, lambda part: algo.loss(policy, part), parts, algo.max_grad_norm, step, [rate]
                 )
