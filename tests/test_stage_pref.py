@@ -65,7 +65,7 @@ def gradient(algo: Pref, policy, parts) -> torch.Tensor:
 
 
 def test_methods_are_found() -> None:
-    assert {"dpo", "ipo", "simpo", "orpo", "cpo"} <= set(METHODS)
+    assert {"dpo", "ipo", "simpo", "orpo", "cpo", "kto"} <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -240,6 +240,7 @@ def test_long_pairs_are_cut_and_counted(tmp_path: Path, capsys: pytest.CaptureFi
 def test_data_without_pairs_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.chosen: the pref stage needs pairs"):
         check(composed(["+algo=dpo", "data=rnnlg"]))
+    check(composed(["+algo=kto", "data=custom", "data.train=x.jsonl", "data.desirable=good"]))
     with pytest.raises(UserError, match=r"data\.desirable: the sft stage would learn the undesirable responses too"):
         check(composed(["+algo=sft", "data=custom", "data.train=x.jsonl", "data.desirable=good"]))
     with pytest.raises(UserError, match="belong together"):
