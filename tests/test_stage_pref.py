@@ -25,10 +25,11 @@ NAMES = sorted(p.stem for p in (conf_dir() / "algo").glob("*.yaml") if not p.ste
 METHODS = [name for name in NAMES if _merged(name)["stage"] == "pref"]
 QUICK = [*SMALL_RUN, "algo.batch_size=8", "algo.steps=6", "algo.warmup=0", "evaluate.every=0", "evaluate.test=false"]
 BUNDLED = ["model=tiny_arithmetic"]  # a start that has weights
+SHORT = {"t_reg": {"better": "{prompt} {response} +", "worse": "{prompt} {response} -"}}  # for models of 64 positions
 
 
 def method(name: str, **settings: object) -> Pref:
-    return instantiate({**_merged(name)["algo"], **settings})
+    return instantiate({**_merged(name)["algo"], **SHORT.get(name, {}), **settings})
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def gradient(algo: Pref, policy, parts) -> torch.Tensor:
 
 
 def test_methods_are_found() -> None:
-    assert {"dpo", "ipo", "simpo", "orpo", "cpo", "kto"} <= set(METHODS)
+    assert {"dpo", "ipo", "simpo", "orpo", "cpo", "kto", "t_reg"} <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
