@@ -213,7 +213,8 @@ def evaluate_words(words: list[str]) -> list[str]:
         raise UserError(f"evaluate: {model} is not a run, so name the data: data=NAME (see `alignkit list`).")
     plain = re.fullmatch(r"[\w./:@-]+", model)
     quoted = model if plain else "'" + model.replace("'", r"\'") + "'"
-    return ["+algo=evaluate", f"model.path={quoted}", *given, *rest]
+    stage = "evaluate_rm" if any(Path(model).glob("**/reward_model.json")) else "evaluate"
+    return [f"+algo={stage}", f"model.path={quoted}", *given, *rest]
 
 
 def _data_of(run: Path) -> list[str]:

@@ -23,6 +23,7 @@ NEEDS = {  # what a stage cannot do without
     "rl": ("data", "reward", "algo"),
     "evaluate": ("data",),
     "evaluate_rm": ("data",),
+    "study": ("algo",),
     "pipeline": ("steps",),
 }
 
@@ -285,10 +286,13 @@ def check(cfg: DictConfig) -> None:
         wrong.append(f"model.lora.dropout: has no effect in stage {stage}, which runs without dropout.")
     if stage in ("rm", "evaluate_rm") and cfg.evaluate.decode != "greedy":
         wrong.append(f"evaluate.decode: has no effect in stage {stage}, which decodes nothing.")
-    if stage == "pref" and cfg.data and not cfg.data.get("chosen"):
+    if stage == "pref" and cfg.data and not (cfg.data.get("chosen") or cfg.data.get("desirable")):
         wrong.append(
-            "data.chosen: the pref stage needs pairs: templates data.chosen and data.rejected, or data=polite."
+            "data.chosen: the pref stage needs pairs: templates data.chosen and data.rejected, or data=polite (or, for kto, "
+            "single responses and the column data.desirable that judges them)."
         )
+    if stage == "sft" and cfg.data and cfg.data.get("desirable"):
+        wrong.append("data.desirable: the sft stage would learn the undesirable responses too; +algo=kto reads it.")
     if cfg.model.compute != "same" and cfg.model.gradient_checkpointing:
         wrong.append(
             "model.gradient_checkpointing: recomputes with the float32 weights, so it needs model.compute=same."

@@ -58,7 +58,7 @@ class Constraint:
         over = losses.logistic(ceilings.to(margins.dtype) - margins, smoothing)
         return losses.logistic(margins, smoothing) + self.weight * over
 
-    def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
+    def whole(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The pairs of a step with ``extra["ceiling"]``: (2N,) delta* on both rows of a pair, no gradient."""
         return batch.with_(extra={**batch.extra, "ceiling": self._ceilings(batch, generator).repeat_interleave(2)})
 

@@ -2,7 +2,7 @@
 
 A row is a dict: every column of the source, plus ``prompt`` (text or chat messages), ``response`` (text, absent
 for prompt-only data), ``references`` (accepted answers) and ``id`` (its index); of pairs, ``chosen`` and ``rejected``
-(texts). The other columns reach the reward untouched.
+(texts); of single responses that are judged, ``desirable`` (true or false). The other columns reach the reward untouched.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Data:
         None  # template of the better response of a pair, which is then the response too; null: no pairs
     )
     rejected: str | None = None  # template of the worse one
+    desirable: str | None = None  # column of true or false: whether the row's response is a good one; null: not judged
     references: str | None = None  # column of accepted answers (text or list of texts); null: the response
     messages: str | None = None  # column of chat messages; the last assistant turn is the response
     chat: bool = False  # send the prompt as one user turn through the tokenizer's chat template
@@ -59,6 +60,11 @@ class Data:
         self.alike: dict[str, int] = {}  # split → pairs left out because both responses are the same
         if (self.chosen is None) != (self.rejected is None):
             raise UserError("data.chosen and data.rejected belong together: give both templates, or neither.")
+        if self.desirable is not None and (self.chosen is not None or not (self.response or self.messages)):
+            raise UserError(
+                "data.desirable judges the one response of a row: give data.response (or data.messages) with it, and no "
+                "data.chosen and data.rejected, which judge themselves."
+            )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, is {self.limit}")
         for key in ("prompt", "response", "chosen", "rejected"):
@@ -69,6 +75,11 @@ class Data:
                 raise UserError(
                     f"data.{key}: {template!r} is not a template ({e}). Double a brace that is text."
                 ) from None
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Keys of a row's judged responses: the two of a pair, or the one that ``desirable`` judges."""
+        return ("response",) if self.chosen is None else ("chosen", "rejected")
 
     def rows(self, split: str) -> list[Row]:
         """The rendered rows of ``train``, ``dev`` or ``test``; empty when the split has no source.
@@ -136,9 +147,13 @@ class Data:
             row["ratings"] = _ratings(columns, self.ratings, where)
         if self.system is not None and isinstance(row["prompt"], list):
             row["prompt"] = [{"role": "system", "content": self.system}, *row["prompt"]]
+        if self.desirable is not None:
+            row["desirable"] = _judgement(columns, self.desirable, where)
+            if not (row["response"] or "").strip():
+                raise UserError(f"{where}: the response is empty. Complete the row, or take it out.")
         references = columns.get(self.references) if self.references else None
-        if references is None:
-            references = [] if row["response"] is None else [row["response"]]
+        if references is None:  # a response that may be a bad one is no reference
+            references = [] if row["response"] is None or self.desirable is not None else [row["response"]]
         elif isinstance(references, str):
             references = [references]
         if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
@@ -314,6 +329,17 @@ def _fill(template: str, columns: Row, where: str, key: str) -> str:
             kind = "null" if values[name] is None else type(values[name]).__name__
             raise UserError(f"{where}: column '{name}' must be text for {key}, is {kind} ({values[name]!r}).")
     return template.format(**values)
+
+
+def _judgement(columns: Row, column: str, where: str) -> bool:
+    """True or false of a column; of files without types (.csv) the words, in any case."""
+    if column not in columns:
+        raise UserError(f"{where}: no column '{column}', which data.desirable asks for.{suggest(column, columns)}")
+    value = columns[column]
+    found = {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(found, bool):
+        raise UserError(f"{where}: column '{column}' must be true or false for data.desirable, is {value!r}.")
+    return found
 
 
 def _conversation(columns: Row, column: str, where: str) -> tuple[list[Row], str | None]:

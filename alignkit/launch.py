@@ -32,7 +32,7 @@ def launch(cfg: DictConfig) -> dict[str, Any]:
     check(cfg)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    data = None if cfg.stage == "pipeline" else _build(cfg.data, "data")
+    data = None if cfg.stage in ("pipeline", "study") else _build(cfg.data, "data")
     if data and data.show:
         from alignkit.show import show_rows
 
@@ -46,7 +46,7 @@ def launch(cfg: DictConfig) -> dict[str, Any]:
         if done is not None:
             print(f"{directory} is finished; nothing to do. Start anew with run.overwrite=true.")
             return done
-        if data is None:
+        if cfg.stage == "pipeline":
             from alignkit.stages import pipeline
 
             return pipeline.run(cfg)
@@ -82,7 +82,33 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _run(cfg: DictConfig, data: Data) -> dict[str, Any]:
+def _run(cfg: DictConfig, data: Data | None) -> dict[str, Any]:
+    record = _read(cfg, data) if data else {"sha256": fingerprint(cfg, None)}
+
+    import torch
+
+    from alignkit.run import Run
+
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
+    algo = _build(cfg.algo, "algo") if cfg.algo else None
+    reward = _build(cfg.reward, "reward") if cfg.reward else None
+    stage = importlib.import_module(f"alignkit.stages.{cfg.stage}")
+    run = Run(cfg, record["sha256"], sys.argv)
+    if data:
+        run.write_json("data.json", record)
+    try:
+        result: dict[str, Any] = stage.run(cfg, run, data, algo, reward)
+    finally:
+        run.close()
+    from alignkit.stages import evaluate
+
+    print(getattr(stage, "report", evaluate.report)(result))
+    return result
+
+
+def _read(cfg: DictConfig, data: Data) -> dict[str, Any]:
+    """Read every split that the stage wants; sources, counts, fingerprints, and what is odd about them."""
     evaluates = cfg.stage in ("evaluate", "evaluate_rm")
     wanted = ("dev", "test") if evaluates else ("train", "dev", "test")
     rows = {split: data.rows(split) for split in wanted}
@@ -106,31 +132,14 @@ def _run(cfg: DictConfig, data: Data) -> dict[str, Any]:
                     f"warning: {n} of {len(rows[split])} {split} prompts stand word for word in the training data.",
                     file=sys.stderr,
                 )
-
-    import torch
-
-    from alignkit.run import Run
-
-    if cfg.run.threads:
-        torch.set_num_threads(cfg.run.threads)
-    algo = None if evaluates else _build(cfg.algo, "algo")
-    reward = _build(cfg.reward, "reward") if cfg.reward else None
-    stage = importlib.import_module(f"alignkit.stages.{cfg.stage}")
-    run = Run(cfg, record["sha256"], sys.argv)
-    run.write_json("data.json", record)
-    try:
-        result: dict[str, Any] = stage.run(cfg, run, data, algo, reward)
-    finally:
-        run.close()
-    from alignkit.stages.evaluate import report
-
-    print(report(result))
-    return result
+    return record
 
 
-def fingerprint(cfg: DictConfig, data: Data, splits: tuple[str, ...] = ("train", "dev", "test")) -> dict[str, str]:
+def fingerprint(
+    cfg: DictConfig, data: Data | None, splits: tuple[str, ...] = ("train", "dev", "test")
+) -> dict[str, str]:
     """Setting → SHA-256 of what it names: the data files, and the files that a ``_target_`` outside alignkit names."""
-    found = {f"data.{split}": digest for split, digest in data.fingerprint(splits).items()}
+    found = {f"data.{split}": digest for split, digest in data.fingerprint(splits).items()} if data else {}
     for name in ("data", "reward", "algo"):
         for path, target in _targets(OmegaConf.to_container(cfg[name], resolve=True), name):
             file = None if target.startswith("alignkit.") else file_of(target)

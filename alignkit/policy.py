@@ -31,6 +31,17 @@ class Policy(Reader):
         super().__init__(model, tokenizer, compute)
         self.critic: ValueModel | None = None
 
+    def judged(self, rows: list[Row], max_tokens: int | None = None) -> Batch:
+        """Rows with one response that is desirable or not: ``extra["desirable"]`` (B,) bool; longer ones are cut."""
+        batch = self.demonstrations(rows, max_tokens)
+        desirable = torch.tensor([row["desirable"] for row in rows], device=self.device)
+        return batch.with_(extra={**batch.extra, "desirable": desirable})
+
+    def answered(self, batch: Batch, texts: list[str], max_tokens: int | None = None) -> Batch:
+        """The prompts of a batch with other responses, a text for each row; longer ones are cut."""
+        ids, mask = self._pad([one[:max_tokens] for one in self.encode_responses(texts)], "right")
+        return Batch(batch.prompt_ids, batch.prompt_mask, ids, mask, batch.group, batch.rows, texts)
+
     def generate(
         self,
         rows: list[Row],

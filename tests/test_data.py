@@ -323,6 +323,41 @@ def test_a_row_with_too_few_or_too_many_fields(write: Write) -> None:
     assert says(write("rows.tsv", "prompt\tresponse\na\tb\tc\n")).startswith("rows.tsv, line 2: has more fields")
 
 
+def test_a_judgement_is_true_or_false(write: Write) -> None:
+    """A boolean, or its word in files without types; a response that may be a bad one is no reference."""
+    rows = [{"prompt": "a", "response": "b", "good": True}, {"prompt": "c", "response": "d", "good": False}]
+    for source in (write("rows.jsonl", jsonl(rows)), write("rows.csv", table(rows, ","))):
+        found = Data(train=source, response="{response}", desirable="good").rows("train")
+        assert [(r["response"], r["desirable"], r["references"]) for r in found] == [("b", True, []), ("d", False, [])]
+    source = write("more.jsonl", jsonl([{**row, "refs": ["x"]} for row in rows]))
+    found = Data(train=source, response="{response}", references="refs", desirable="good").rows("train")
+    assert [r["references"] for r in found] == [["x"], ["x"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(1, "1"), (None, "None"), ("yes", "'yes'"), ("", "''"), ([True], r"\[True\]")]
+)
+def test_another_judgement_names_row_and_column(value: Any, shown: str, write: Write) -> None:
+    ok = {"prompt": "a", "response": "b", "good": True}
+    said = says(write("rows.jsonl", jsonl([ok, {**ok, "good": value}])), response="{response}", desirable="good")
+    assert re.fullmatch(
+        rf"rows\.jsonl, line 2: column 'good' must be true or false for data\.desirable, is {shown}\.", said
+    )
+
+
+def test_a_judgement_needs_a_response(write: Write) -> None:
+    rows = write("rows.jsonl", jsonl([{"prompt": "a", "response": " ", "good": True}]))
+    assert says(rows, response="{response}", desirable="good") == (
+        "rows.jsonl, line 1: the response is empty. Complete the row, or take it out."
+    )
+    assert says(rows, response="{response}", desirable="god").endswith(
+        "no column 'god', which data.desirable asks for. Did you mean 'good'?"
+    )
+    for wrong in ({}, {"response": "{response}", "chosen": "{a}", "rejected": "{b}"}):
+        with pytest.raises(UserError, match=r"data\.desirable judges the one response of a row"):
+            Data(train=rows, desirable="good", **wrong)
+
+
 def test_a_missing_file(write: Write) -> None:
     write("corpus/train.jsonl", jsonl(ODD))
     assert says("corpus/tran.jsonl") == "corpus/tran.jsonl: no such file. Did you mean 'train.jsonl'?"

@@ -14,12 +14,22 @@ import pytest
 import torch
 from conftest import ANSWERS, WORDS
 from datasets import Dataset
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+)
 
 from alignkit import losses, ops
 from alignkit.algos.dapo import DAPO
 from alignkit.algos.dr_grpo import DrGRPO
 from alignkit.algos.grpo import GRPO
+from alignkit.algos.kto import KTO
 from alignkit.algos.online_dpo import OnlineDPO
 from alignkit.algos.rloo import RLOO
 from alignkit.decode import Decode
@@ -295,3 +305,54 @@ def test_ipo_of_unequal_lengths(world, tmp_path):
     assert found == pytest.approx(on_averages, rel=1e-4)
     assert ours(OnlineDPO(k=K, preference="ipo"), world, batch)[0] == pytest.approx(on_sums, rel=1e-4)
     assert abs(found - on_sums) > 1e-2 * on_sums
+
+
+@pytest.mark.parametrize("paired", [True, False], ids=["pairs", "singles"])
+def test_kto(world, tmp_path, paired):
+    """TRL's loss on a batch whose mismatched responses are those of the next row, as alignkit's data set has them.
+
+    TRL rotates responses within a device's batch; here its collator is given alignkit's. Both take z as the mean over the
+    batch, not below 0, and the mean of the loss over responses.
+    """
+    algo = KTO(beta=0.5, desirable_weight=1.2, undesirable_weight=1.1)
+    start, current = world.start, world.current
+    sides = ("chosen", "rejected") if paired else ("response",)
+    rows = [
+        {"id": i, "prompt": w, "chosen": ANSWERS[i], "response": ANSWERS[i - 1], "rejected": ANSWERS[i - 2],
+         "desirable": i % 3 > 0, "references": []}
+        for i, w in enumerate(WORDS)
+    ]  # fmt: skip
+    rows = algo.prepare(rows, sides)
+    batch = current.pairs(rows) if paired else current.judged(rows)
+    with torch.no_grad():
+        batch.extra["ref_logprob"] = (start.forward(batch) * batch.mask).sum(1)
+        batch.extra |= {q.name: q.answer(start, batch) for q in algo.questions()}
+        batch = algo.whole(current, batch, torch.Generator())
+    assert batch.extra["reference_point"][0] > 0.02, "a reference point that matters"
+
+    trainer = KTOTrainer(
+        model=copied(world, world.folder),
+        ref_model=copied(world, world.folder, start.model),
+        args=KTOConfig(
+            **common(tmp_path), beta=0.5, desirable_weight=1.2, undesirable_weight=1.1, per_device_train_batch_size=len(batch),
+            train_sampling_strategy="sequential",
+        ),
+        train_dataset=Dataset.from_list(
+            [{"prompt": w, "completion": a, "label": i > 2} for i, (w, a) in enumerate(zip(WORDS, ANSWERS, strict=True))]
+        ),
+        processing_class=start.tokenizer,
+    )  # fmt: skip
+    trainer.model.eval()
+    other = current.answered(batch, [text for row in rows for text in row["mismatched"]])
+    inputs = trainer.data_collator(
+        [
+            {
+                "prompt_ids": batch.prompt_ids[i][batch.prompt_mask[i]].tolist(),
+                "completion_ids": batch.response_ids[i][batch.mask[i]].tolist(),
+                "KL_completion_ids": other.response_ids[i][other.mask[i]].tolist(),
+                "label": i % 2 == 0 if paired else rows[i]["desirable"],
+            }
+            for i in range(len(batch))
+        ]
+    )
+    assert_same(ours(algo, world, batch), theirs(trainer, inputs))

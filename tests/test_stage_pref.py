@@ -25,10 +25,11 @@ NAMES = sorted(p.stem for p in (conf_dir() / "algo").glob("*.yaml") if not p.ste
 METHODS = [name for name in NAMES if _merged(name)["stage"] == "pref"]
 QUICK = [*SMALL_RUN, "algo.batch_size=8", "algo.steps=6", "algo.warmup=0", "evaluate.every=0", "evaluate.test=false"]
 BUNDLED = ["model=tiny_arithmetic"]  # a start that has weights
+SHORT = {"t_reg": {"better": "{prompt} {response} +", "worse": "{prompt} {response} -"}}  # for models of 64 positions
 
 
 def method(name: str, **settings: object) -> Pref:
-    return instantiate({**_merged(name)["algo"], **settings})
+    return instantiate({**_merged(name)["algo"], **SHORT.get(name, {}), **settings})
 
 
 @pytest.fixture
@@ -40,10 +41,18 @@ def pairs() -> list[dict[str, Any]]:
     ]
 
 
-def with_references(algo, policy, batch, start=None):
+def judged(algo: Pref, policy, rows, start=None):
+    """The pairs with what the stage asks of the start model."""
+    start = start or policy
+    batch = policy.pairs(algo.prepare(rows, ("chosen", "rejected")))
     with torch.no_grad():
-        summed = ((start or policy).forward(batch) * batch.mask).sum(1)
-    return algo.prepare(policy, batch.with_(extra={"ref_logprob": summed}), torch.Generator())
+        answers = {q.name: q.answer(start, batch) for q in algo.questions()}
+        return batch.with_(extra={"ref_logprob": (start.forward(batch) * batch.mask).sum(1), **answers})
+
+
+def whole(algo: Pref, policy, batch):
+    with torch.no_grad():
+        return algo.whole(policy, batch, torch.Generator())
 
 
 def gradient(algo: Pref, policy, parts) -> torch.Tensor:
@@ -57,7 +66,7 @@ def gradient(algo: Pref, policy, parts) -> torch.Tensor:
 
 
 def test_methods_are_found() -> None:
-    assert {"dpo", "ipo", "simpo", "orpo", "cpo"} <= set(METHODS)
+    assert {"dpo", "ipo", "simpo", "orpo", "cpo", "kto", "t_reg"} <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -65,11 +74,11 @@ def test_micro_batches_do_not_change_the_gradient(name: str, policy, pairs) -> N
     policy.model.double()
     policy.compute = torch.float64
     algo = method(name)
-    batch = with_references(algo, policy, policy.pairs(pairs))
-    whole, parts = gradient(algo, policy, [batch]), batch.split(1)
+    batch = whole(algo, policy, judged(algo, policy, pairs))
+    once, parts = gradient(algo, policy, [batch]), batch.split(1)
     assert len(parts) == 6
-    scale = float(whole.abs().max())  # log-probabilities are float32 whatever the model is
-    torch.testing.assert_close(gradient(algo, policy, parts) / scale, whole / scale, atol=1e-5, rtol=0)
+    scale = float(once.abs().max())  # log-probabilities are float32 whatever the model is
+    torch.testing.assert_close(gradient(algo, policy, parts) / scale, once / scale, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -79,12 +88,12 @@ def test_a_few_steps_rank_the_pairs_as_given(name: str, policy, pairs) -> None:
     start.model = copy.deepcopy(policy.model)
     algo = method(name)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.01)
-    batch = with_references(algo, policy, policy.pairs(pairs), start)
+    batch = judged(algo, policy, pairs, start)
     with torch.no_grad():
         before = algo.margins(algo.pairs(policy, batch))
     for _ in range(25):
         optimizer.zero_grad()
-        (algo.loss(policy, batch).total / 6).backward()
+        (algo.loss(policy, whole(algo, policy, batch)).total / 6).backward()
         optimizer.step()
     with torch.no_grad():
         after = algo.margins(algo.pairs(policy, batch))
@@ -95,7 +104,7 @@ def test_a_few_steps_rank_the_pairs_as_given(name: str, policy, pairs) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_chosen_and_rejected_changed_over_turn_the_margin(name: str, policy, pairs) -> None:
     algo = method(name)
-    batch = with_references(algo, policy, policy.pairs(pairs))
+    batch = judged(algo, policy, pairs)
     batch.extra["ref_logprob"] = batch.extra["ref_logprob"] + torch.linspace(-1, 1, 12)
     index = torch.arange(12).view(-1, 2).flip(1).flatten()
     with torch.no_grad():
@@ -166,7 +175,7 @@ def test_references_are_kept_for_the_next_run_and_their_fingerprint_tells(
     train(tmp_path, *words)
     files = {p.name for p in (tmp_path / "reference").iterdir()}
     assert len(files) == 1 and len(loads) == 2  # the policy, and the start model
-    held = load_file(tmp_path / "reference" / next(iter(files)))["logprobs"]
+    held = load_file(tmp_path / "reference" / next(iter(files)))["ref_logprob"]
     assert held.shape == (40, 2) and (held < 0).all()
     train(tmp_path, *words, "algo.beta=0.2")
     train(tmp_path, "+algo=ipo", *words[1:])
@@ -232,5 +241,8 @@ def test_long_pairs_are_cut_and_counted(tmp_path: Path, capsys: pytest.CaptureFi
 def test_data_without_pairs_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.chosen: the pref stage needs pairs"):
         check(composed(["+algo=dpo", "data=rnnlg"]))
+    check(composed(["+algo=kto", "data=custom", "data.train=x.jsonl", "data.desirable=good"]))
+    with pytest.raises(UserError, match=r"data\.desirable: the sft stage would learn the undesirable responses too"):
+        check(composed(["+algo=sft", "data=custom", "data.train=x.jsonl", "data.desirable=good"]))
     with pytest.raises(UserError, match="belong together"):
         Data(train="x.jsonl", chosen="{a}")

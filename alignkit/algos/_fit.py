@@ -37,8 +37,9 @@ class Fit:
     def survey(self, policy: Any, rows: list[Row], run: Run, texts: list[str]) -> None:
         """Look at the training rows once, before the first step of every start; ``texts`` as for ``policy.load``."""
 
-    def prepare(self, policy: Any, batch: Batch, generator: torch.Generator) -> Batch:
-        """A step's batch, before it is cut into micro-batches, with what the loss wants to know of it: no gradient."""
+    def whole(self, policy: Any, batch: Batch, generator: torch.Generator) -> Batch:
+        """A step's batch before it is split, without a graph: what the loss needs of all its rows, or draws for them, goes
+        into ``extra``."""
         return batch
 
     def loss(self, policy: Any, batch: Batch) -> Loss:

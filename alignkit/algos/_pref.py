@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from alignkit.algos._fit import Fit
 from alignkit.batch import Batch, Loss
+from alignkit.data import Row
+from alignkit.errors import UserError
 from alignkit.policy import Policy
 
 
 @dataclass
 class Pairs:
-    """N pairs, the chosen response first: log-probabilities of whole responses and their tokens."""
+    """N pairs, the chosen response first: log-probabilities of whole responses and their tokens.
+
+    Of data without pairs, N single responses: 1 stands for 2 in every shape, and ``extra["desirable"]`` judges them.
+    """
 
     logprobs: Tensor  # (N, 2) under the policy
     ref_logprobs: Tensor | None  # (N, 2) under the start model
     ids: Tensor  # (N, 2, T) int64
     mask: Tensor  # (N, 2, T) bool
-    extra: dict[str, Tensor] = field(default_factory=dict)  # (N, 2, ...) what the method's `prepare` has put there
+    token_logprobs: Tensor | None = None  # (N, 2, T) of the tokens under the policy, 0 off the mask
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (N, 2, ...) of the batch: what one method alone needs
 
     @property
     def lengths(self) -> Tensor:
@@ -35,6 +42,13 @@ class Pairs:
         return self.logprobs - self.ref_logprobs
 
     @property
+    def signs(self) -> Tensor:
+        """(N, 2) 1 of a response that is wanted, -1 of one that is not."""
+        if "desirable" in self.extra:
+            return self.extra["desirable"].to(self.logprobs.dtype) * 2 - 1
+        return torch.tensor([1.0, -1.0]).to(self.logprobs).expand_as(self.logprobs)
+
+    @property
     def averages(self) -> Tensor:
         """(N, 2) log-probability of a token, on average."""
         return self.logprobs / self.lengths
@@ -43,6 +57,14 @@ class Pairs:
 def gap(values: Tensor) -> Tensor:
     """(N, 2) → (N,): the chosen one's less the rejected one's."""
     return values[:, 0] - values[:, 1]
+
+
+class Question(NamedTuple):
+    """What a loss reads of the frozen start model for each training response: asked once, and kept on disk."""
+
+    name: str  # its key in ``Batch.extra``
+    answer: Callable[[Policy, Batch], Tensor]  # (start model, batch) → (B,) or (B, T)
+    settings: tuple[Any, ...] = ()  # what the answer depends on besides start model, rows and cut
 
 
 @dataclass(kw_only=True)
@@ -57,6 +79,26 @@ class Pref(Fit):
     betas: tuple[float, float] = (0.9, 0.95)
     needs_reference: ClassVar[bool] = True  # whether the loss reads ref_logprobs
 
+    def prepare(self, rows: list[Row], sides: tuple[str, ...]) -> list[Row]:
+        """The training rows, once, before a model is loaded: refuse them, warn of them, add what a row's loss needs.
+
+        Args:
+            sides: keys of a row's responses: chosen and rejected, or the one response that ``row["desirable"]`` judges.
+
+        Raises:
+            UserError: the method cannot learn from such rows.
+        """
+        if len(sides) == 1:
+            raise UserError(
+                f"{type(self).__name__} learns from pairs, not from responses that data.desirable judges one by one: give "
+                f"data.chosen and data.rejected, or take a method that does (+algo=kto)."
+            )
+        return rows
+
+    def questions(self) -> list[Question]:
+        """What the loss, but not ``margins``, reads of the start model besides ref_logprobs."""
+        return []
+
     def margins(self, pairs: Pairs) -> Tensor:
         """(N,) by how much the method prefers each chosen response, on its own scale: above 0 it ranks the pair right."""
         raise NotImplementedError(f"{type(self).__name__} must define margins(pairs)")
@@ -70,16 +112,18 @@ class Pref(Fit):
         return {}
 
     def pairs(self, policy: Policy, batch: Batch) -> Pairs:
-        """The pairs of a batch whose rows are chosen, rejected, chosen, …"""
-        summed = (policy.forward(batch) * batch.mask).sum(1)
-        ref = batch.extra.get("ref_logprob")
-        wide = (-1, 2, batch.mask.shape[1])
+        """The pairs of a batch whose rows are chosen, rejected, chosen, …; or its single responses."""
+        size = 1 if "desirable" in batch.extra else 2
+        tokens = policy.forward(batch) * batch.mask
+        wide = (-1, size, batch.mask.shape[1])
+        extra = {name: x.view(-1, size, *x.shape[1:]) for name, x in batch.extra.items()}
         return Pairs(
-            summed.view(-1, 2),
-            None if ref is None else ref.view(-1, 2),
+            tokens.sum(1).view(-1, size),
+            extra.get("ref_logprob"),
             batch.response_ids.view(wide),
             batch.mask.view(wide),
-            {name: x.view(-1, 2, *x.shape[1:]) for name, x in batch.extra.items()},
+            tokens.view(wide),
+            extra,
         )
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
@@ -90,9 +134,10 @@ class Pref(Fit):
             metrics = {
                 "preference_accuracy": float(right(margins).mean()),
                 "margin": float(margins.mean()),
-                "chosen_logprob": float(pairs.averages[:, 0].mean()),
-                "rejected_logprob": float(pairs.averages[:, 1].mean()),
             }
+            if pairs.logprobs.shape[1] == 2:  # a part of single responses may have none of a kind
+                chosen, rejected = pairs.averages.mean(0).tolist()
+                metrics |= {"chosen_logprob": chosen, "rejected_logprob": rejected}
             metrics |= self.metrics(pairs)
         return Loss(self.pair_losses(pairs).sum(), float(len(pairs.logprobs)), metrics)
 

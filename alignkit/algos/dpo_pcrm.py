@@ -35,8 +35,8 @@ class DPOPCRM(Pref):
     def survey(self, policy: Any, rows: list[Row], run: Run, texts: list[str]) -> None:
         self.constraint.survey(lambda part: policy.pairs(part, self.max_response_tokens), rows, run, texts)
 
-    def prepare(self, policy: Any, batch: Batch, generator: torch.Generator) -> Batch:
-        return self.constraint.prepare(batch, generator)
+    def whole(self, policy: Any, batch: Batch, generator: torch.Generator) -> Batch:
+        return self.constraint.whole(batch, generator)
 
     def margins(self, pairs: Pairs) -> Tensor:
         return self.beta * gap(pairs.log_ratios)

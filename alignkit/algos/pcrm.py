@@ -38,8 +38,8 @@ class PCRM(RM):
     def survey(self, model: Any, rows: list[Row], run: Run, texts: list[str]) -> None:
         self.constraint.survey(model.pairs, rows, run, texts)
 
-    def prepare(self, model: Any, batch: Batch, generator: torch.Generator) -> Batch:
-        return self.constraint.prepare(batch, generator)
+    def whole(self, model: Any, batch: Batch, generator: torch.Generator) -> Batch:
+        return self.constraint.whole(batch, generator)
 
     def loss(self, model: Any, batch: Batch) -> Loss:
         z, tokens = model.outputs(batch, tokens=self.readout == "token_mean")

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from alignkit.batch import Batch
 from alignkit.data import Row
 from alignkit.ops import warmup_decay
@@ -37,9 +39,9 @@ def fit(
             policy.model.train()
             with run.phase("update"):
                 batch = collate(run.draw(rows, algo.batch_size, step))
-                batch = algo.prepare(policy, batch, run.generator(step, "prepare"))
                 rate = algo.lr * warmup_decay(step, steps, algo.warmup, algo.schedule, algo.floor)
-                parts = batch.split(algo.micro_tokens)
+                with torch.no_grad():
+                    parts = algo.whole(policy, batch, run.generator(step, "whole")).split(algo.micro_tokens)
                 metrics = run.update(
                     optimizer, lambda part: algo.loss(policy, part), parts, algo.max_grad_norm, step, [rate]
                 )

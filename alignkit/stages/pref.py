@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignkit.algos._pref import Pref, right
+from alignkit.algos._pref import Pref, Question, right
 from alignkit.batch import Batch
 from alignkit.config import Model
 from alignkit.data import Data, Row
@@ -24,72 +24,93 @@ from alignkit.stages.fit import fit
 
 
 def run(cfg: DictConfig, run: Run, data: Data, algo: Pref, reward: Any) -> dict[str, Any]:
-    """Train on the pairs of the training rows; measure held-out pairs and responses before, now and then, and after."""
-    rows = data.rows("train")
+    """Train on the judged responses of the training rows; measure held-out ones before, now and then, and after."""
+    rows = algo.prepare(data.rows("train"), data.sides)
     model: Model = OmegaConf.to_object(cfg.model)  # type: ignore[assignment]
     policy = load(model, cfg.seed, data.texts(), run.checkpoint)
     policy.drop_dropout()  # the loss compares with a model that has none
-    references = References(cfg, data, algo)
-    _tell_cut(policy, rows, algo, run)
-
-    def collate(split: str, part: list[Row]) -> Batch:
-        return references.add(split, part, policy.pairs(part, algo.max_response_tokens))
+    references = References(cfg, data, algo, {"train": rows})
+    _tell_cut(policy, rows, data.sides, algo, run)
 
     @torch.no_grad()
     def ranked(split: str, part: list[Row]) -> list[float]:
         found: list[float] = []
         for first in range(0, len(part), cfg.evaluate.batch_size):
-            batch = collate(split, part[first : first + cfg.evaluate.batch_size])
+            batch = references.batch(policy, split, part[first : first + cfg.evaluate.batch_size])
             found += right(algo.margins(algo.pairs(policy, batch))).tolist()
         return found
 
     held_out = HeldOut(cfg.evaluate, data, reward, run, ranked)
-    return fit(run, policy, algo, rows, lambda part: collate("train", part), held_out, data.texts())
+    return fit(run, policy, algo, rows, lambda part: references.batch(policy, "train", part), held_out, data.texts())
 
 
 class References:
-    """The start model's log-probabilities of whole responses: computed once a split, kept on disk for all runs that share
-    start model, rows and cut, below ``run.root``."""
+    """What the start model says of the rows' responses, above all their log-probabilities: asked once a split, kept on
+    disk for all runs that share start model, rows and cut, below ``run.root``."""
 
-    def __init__(self, cfg: DictConfig, data: Data, algo: Pref) -> None:
-        self.cfg, self.data, self.algo = cfg, data, algo
+    def __init__(self, cfg: DictConfig, data: Data, algo: Pref, rows: dict[str, list[Row]]) -> None:
+        """``rows``: of splits whose rows the method has prepared."""
+        self.cfg, self.data, self.algo, self.rows = cfg, data, algo, rows
         self.model: Model = OmegaConf.to_object(cfg.model)  # type: ignore[assignment]
-        self.known: dict[str, Tensor] = {}  # split → (N, 2), by the row's id
+        self.known: dict[tuple[str, str], Tensor] = {}  # (split, question) → (N, 2) or (N, 2, T), by the row's id
 
-    def add(self, split: str, rows: list[Row], batch: Batch) -> Batch:
-        """The batch of these rows' pairs with ``extra["ref_logprob"]`` (B,), where the method reads it."""
-        if not self.algo.needs_reference:
-            return batch
-        if split not in self.known:
-            self.known[split] = self._read(split)
-        found = self.known[split][[row["id"] for row in rows]].flatten().to(batch.mask.device)
-        return batch.with_(extra={**batch.extra, "ref_logprob": found})
+    def batch(self, policy: Policy, split: str, rows: list[Row]) -> Batch:
+        """The responses of these rows, with ``extra["ref_logprob"]`` (B,) and what else the method asks."""
+        batch = self._collate(policy, rows)
+        questions = self._questions(split)
+        if any((split, q.name) not in self.known for q in questions):
+            self._learn(split, questions)
+        extra = dict(batch.extra)
+        for q in questions:
+            found = self.known[split, q.name][[row["id"] for row in rows]].flatten(0, 1).to(batch.mask.device)
+            extra[q.name] = found if found.dim() == 1 else found[:, : batch.mask.shape[1]]
+        return batch.with_(extra=extra)
 
-    def _read(self, split: str) -> Tensor:
-        file = Path(self.cfg.run.root) / "reference" / f"{self._fingerprint(split)}.safetensors"
-        if file.exists():
-            return load_file(file)["logprobs"]
-        start = load(self.model, self.cfg.seed, self.data.texts())
-        start.drop_dropout()
-        rows = self.data.rows(split)
-        found = torch.zeros(len(rows), 2)
+    def _collate(self, policy: Policy, rows: list[Row]) -> Batch:
+        collate = policy.judged if len(self.data.sides) == 1 else policy.pairs
+        return collate(rows, self.algo.max_response_tokens)
+
+    def _questions(self, split: str) -> list[Question]:
+        first = [Question("ref_logprob", self._logprob)] if self.algo.needs_reference else []
+        return first + (self.algo.questions() if split == "train" else [])
+
+    def _logprob(self, start: Policy, batch: Batch) -> Tensor:
+        batch = batch.with_(extra={"row": torch.arange(len(batch), device=batch.mask.device)})
+        summed = torch.zeros(len(batch))
+        for piece in batch.split(self.algo.micro_tokens):
+            summed[piece.extra["row"].cpu()] = (start.forward(piece) * piece.mask).sum(1).float().cpu()
+        return summed
+
+    def _learn(self, split: str, questions: list[Question]) -> None:
+        """Fill ``known`` from the disk; what does not lie there is asked of the start model first."""
+        root = Path(self.cfg.run.root) / "reference"
+        files = [(q, root / f"{self._fingerprint(split, q)}.safetensors") for q in questions]
+        missing = [(q, file) for q, file in files if not file.exists()]
+        if missing:
+            start = load(self.model, self.cfg.seed, self.data.texts())
+            start.drop_dropout()
+            root.mkdir(parents=True, exist_ok=True)
+            for q, file in missing:
+                partial = file.with_suffix(f".{os.getpid()}.partial")  # jobs of a sweep may come here at the same time
+                save_file({q.name: self._answers(start, split, q)}, partial)
+                partial.rename(file)
+        for q, file in files:
+            self.known[split, q.name] = load_file(file)[q.name]
+
+    @torch.no_grad()
+    def _answers(self, start: Policy, split: str, question: Question) -> Tensor:
+        """(N, 2) or (N, 2, T) what the start model says of every response of a split."""
+        rows, size = self.rows.get(split) or self.data.rows(split), len(self.data.sides)
+        found: list[Tensor] = []
         for first in range(0, len(rows), 256):
-            part = rows[first : first + 256]
-            batch = start.pairs(part, self.algo.max_response_tokens)
-            batch = batch.with_(extra={"row": torch.arange(len(batch), device=batch.mask.device)})
-            summed = torch.zeros(len(batch))
-            with torch.no_grad():
-                for piece in batch.split(self.algo.micro_tokens):
-                    summed[piece.extra["row"].cpu()] = (start.forward(piece) * piece.mask).sum(1).float().cpu()
-            found[first : first + len(part)] = summed.view(-1, 2)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")  # jobs of a sweep may come here at the same time
-        save_file({"logprobs": found}, partial)
-        partial.rename(file)
-        return found
+            answer = question.answer(start, self._collate(start, rows[first : first + 256])).float().cpu()
+            found.append(answer.view(-1, size, *answer.shape[1:]))
+        width = max(part.shape[-1] for part in found)  # of (n, 2): 2 everywhere
+        return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in found])
 
-    def _fingerprint(self, split: str) -> str:
-        """Of what the numbers depend on: the start model's weights, how it computes, the rows and how they are rendered."""
+    def _fingerprint(self, split: str, question: Question) -> str:
+        """Of what the numbers depend on: the start model's weights, how it computes, the rows and how they are rendered,
+        and what is asked."""
         model: Any = OmegaConf.to_container(self.cfg.model, resolve=True)
         data: Any = OmegaConf.to_container(self.cfg.data, resolve=True)
         folder = Path(resolve(self.model.path)) if self.model.path else None
@@ -101,20 +122,25 @@ class References:
             "texts": self.data.fingerprint(("train",)) if not self.model.path else None,  # of the tokenizer
             "cut": self.algo.max_response_tokens,
             "count": len(self.data.rows(split)),
+            "question": (question.name, *question.settings),
         }
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _tell_cut(policy: Policy, rows: list[Row], algo: Pref, run: Run) -> None:
-    """Say how many pairs have a response that is cut, and how many cannot be told apart any more."""
+def _tell_cut(policy: Policy, rows: list[Row], sides: tuple[str, ...], algo: Pref, run: Run) -> None:
+    """Say how many rows have a response that is cut, and how many pairs cannot be told apart any more."""
     limit = algo.max_response_tokens
     if limit is None:
         return
-    chosen, rejected = (policy.encode_responses([row[side] for row in rows]) for side in ("chosen", "rejected"))
-    long = sum(max(len(a), len(b)) > limit for a, b in zip(chosen, rejected, strict=True))
-    same = sum(a[:limit] == b[:limit] for a, b in zip(chosen, rejected, strict=True))
-    if long:
-        run.progress.say(
-            f"warning: {long} of {len(rows)} pairs have a response of more than algo.max_response_tokens={limit} tokens, "
-            f"which is cut; {same} pairs cannot be told apart then and teach nothing."
-        )
+    encoded = list(zip(*(policy.encode_responses([row[side] for row in rows]) for side in sides), strict=True))
+    long = sum(max(map(len, each)) > limit for each in encoded)
+    if not long:
+        return
+    what, more = "rows", ""
+    if len(sides) == 2:
+        same = sum(a[:limit] == b[:limit] for a, b in encoded)
+        what, more = "pairs", f"; {same} pairs cannot be told apart then and teach nothing"
+    run.progress.say(
+        f"warning: {long} of {len(rows)} {what} have a response of more than algo.max_response_tokens={limit} tokens, "
+        f"which is cut{more}."
+    )

@@ -27,7 +27,7 @@ def prepared(algo: DPOPCRM, logprobs: torch.Tensor, ref: torch.Tensor, ids: torc
     one = torch.ones(len(flat), 1, dtype=torch.long)
     group = torch.arange(len(flat)) // 2
     batch = Batch(one, one.bool(), flat, mask.flatten(0, 1), group, rows, ["y"] * len(flat))
-    ceiling = algo.prepare(None, batch, torch.Generator()).extra["ceiling"]
+    ceiling = algo.whole(None, batch, torch.Generator()).extra["ceiling"]
     return Pairs(logprobs, ref, ids, mask, {"ceiling": ceiling.view(-1, 2)})
 
 
