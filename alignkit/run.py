@@ -34,6 +34,9 @@ from alignkit.progress import Progress
 from alignkit.tracking import Tracker
 
 
+TRAINING = ("loss", "reward", "kl", "length", "margin", "preference_accuracy")  # of the last step, in result.json
+
+
 class Run:
     """The directory ``cfg.run.dir`` and all that is written into it.
 
@@ -338,6 +341,7 @@ class Run:
 
     def finish(self, policy: Any, steps: int, held_out: Any) -> dict[str, Any]:
         """Evaluate the last or best weights, write ``final/`` with its card, then ``result.json``: the run is finished."""
+        policy_step = steps
         if self.cfg.evaluate.final == "best" and self.best and self.best["step"] != steps:
             best = self.dir / f"checkpoint-{self.best['step']}"
             if not best.is_dir():
@@ -349,14 +353,21 @@ class Run:
                 self.progress.say(
                     "the start is the best on dev, so final/ holds it; evaluate.final=last takes the end."
                 )
+            policy_step = self.best["step"]
         after = held_out.test(policy, "after")
         with self._whole(self.dir / "final") as folder:
             policy.export(folder)
-            result = self._result(steps, after, hash_weights(folder))
+            result = self._result(steps, after, hash_weights(folder)) | {"training": self._training_of(policy_step)}
             (folder / "README.md").write_text(model_card(self.cfg, result), encoding="utf-8")
         self.write_json("result.json", result)
         self.tracker.finish(result)
         return result
+
+    def _training_of(self, step: int) -> dict[str, float]:
+        """What was logged of the training step that gave the final weights."""
+        lines = (self.dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+        found = [line for line in map(json.loads, filter(None, lines)) if line["step"] == step]
+        return {k: v for line in found for k, v in line.items() if k in TRAINING}
 
     def _result(self, steps: int, after: dict[str, Any], weights: str) -> dict[str, Any]:
         return {

@@ -132,7 +132,7 @@ def table(columns: dict[str, Table]) -> str:
     names = list(next(iter(columns.values())))
     lines = ["| metric | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
-        cells = [_cell(name, column[name]) if name in column else "" for column in columns.values()]
+        cells = [cell(name, column[name]) if name in column else "" for column in columns.values()]
         lines.append(f"| {LABELS.get(name, name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -184,7 +184,8 @@ LABELS = {
 PER_CENT = {"bleu", "chrf", "exact_match", "preference_accuracy", "ties", "macro", "longer_wins"}
 
 
-def _cell(name: str, value: dict[str, float]) -> str:
+def cell(name: str, value: dict[str, float]) -> str:
+    """A value with its interval, where it has one."""
     digits = 2 if name in PER_CENT else 3
     text = f"{value['value']:.{digits}f}"
     return text + (f" [{value['low']:.{digits}f}, {value['high']:.{digits}f}]" if "low" in value else "")
