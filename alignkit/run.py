@@ -33,7 +33,6 @@ from alignkit.files import write_atomically
 from alignkit.progress import Progress
 from alignkit.tracking import Tracker
 
-
 TRAINING = ("loss", "reward", "kl", "length", "margin", "preference_accuracy")  # of the last step, in result.json
 
 
@@ -341,7 +340,7 @@ class Run:
 
     def finish(self, policy: Any, steps: int, held_out: Any) -> dict[str, Any]:
         """Evaluate the last or best weights, write ``final/`` with its card, then ``result.json``: the run is finished."""
-        policy_step = steps
+        weights_of = steps
         if self.cfg.evaluate.final == "best" and self.best and self.best["step"] != steps:
             best = self.dir / f"checkpoint-{self.best['step']}"
             if not best.is_dir():
@@ -353,11 +352,11 @@ class Run:
                 self.progress.say(
                     "the start is the best on dev, so final/ holds it; evaluate.final=last takes the end."
                 )
-            policy_step = self.best["step"]
+            weights_of = int(self.best["step"])
         after = held_out.test(policy, "after")
         with self._whole(self.dir / "final") as folder:
             policy.export(folder)
-            result = self._result(steps, after, hash_weights(folder)) | {"training": self._training_of(policy_step)}
+            result = self._result(steps, after, hash_weights(folder)) | {"training": self._training_of(weights_of)}
             (folder / "README.md").write_text(model_card(self.cfg, result), encoding="utf-8")
         self.write_json("result.json", result)
         self.tracker.finish(result)
