@@ -114,8 +114,9 @@ def _run(cfg: DictConfig, data: Data) -> dict[str, Any]:
         torch.set_num_threads(cfg.run.threads)
     algo = None if cfg.stage == "evaluate" else _build(cfg.algo, "algo")
     reward = _build(cfg.reward, "reward") if cfg.reward else None
+    second = _build(cfg.audit.reward, "audit.reward") if cfg.audit.reward else None
     stage = importlib.import_module(f"alignkit.stages.{cfg.stage}")
-    run = Run(cfg, record["sha256"], sys.argv)
+    run = Run(cfg, record["sha256"], sys.argv, second)
     run.write_json("data.json", record)
     try:
         result: dict[str, Any] = stage.run(cfg, run, data, algo, reward)
@@ -130,7 +131,7 @@ def _run(cfg: DictConfig, data: Data) -> dict[str, Any]:
 def fingerprint(cfg: DictConfig, data: Data, splits: tuple[str, ...] = ("train", "dev", "test")) -> dict[str, str]:
     """Setting → SHA-256 of what it names: the data files, and the files that a ``_target_`` outside alignkit names."""
     found = {f"data.{split}": digest for split, digest in data.fingerprint(splits).items()}
-    for name in ("data", "reward", "algo"):
+    for name in ("data", "reward", "algo", "audit"):
         for path, target in _targets(OmegaConf.to_container(cfg[name], resolve=True), name):
             file = None if target.startswith("alignkit.") else file_of(target)
             if file is not None:
