@@ -74,7 +74,7 @@ def measures(batches: list[Batch], second: Reward | None = None, referred: int |
         starts = batch.group_starts().tolist()
         ids = [row[:n] for row, n in zip(batch.response_ids.tolist(), batch.lengths.tolist(), strict=True)]
         firsts += [ids[i] for i in starts]
-        prompts = [set(ngrams(words(_text(batch.prompts[i])), N)) for i in starts]
+        prompts = [{gram for x in _turns(batch.prompts[i]) for gram in ngrams(words(x), N)} for i in starts]
         own = [g for g, n in enumerate(sizes) for _ in range(n)]  # which prompt each response answers
         by_response = {
             "length": [float(len(x)) for x in ids],
@@ -102,9 +102,9 @@ def measures(batches: list[Batch], second: Reward | None = None, referred: int |
     return {**{k: v for k, v in found.items() if v}, **{f"distinct_{n}": [distinct(firsts, n)] for n in (1, 2)}}
 
 
-def _text(prompt: Any) -> str:
-    """A prompt as one text; of chat messages all turns."""
-    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+def _turns(prompt: Any) -> list[str]:
+    """The text of a prompt; of chat messages one text a turn."""
+    return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
 
 
 # ---- alarms ----------------------------------------------------------------------------------------------------------

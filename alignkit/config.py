@@ -213,7 +213,7 @@ def register() -> None:
 
     OmegaConf.register_new_resolver("signature", lambda _root_: signature(_root_), replace=True)
     schema = OmegaConf.structured(Config)
-    for node in ("data", "reward", "algo", "steps"):
+    for node in ("data", "reward", "algo", "steps", "audit"):  # of audit the second reward: its own keys are typed
         # open nodes, or a sweep over +algo with a fixed algo.lr fails (hydra #283, #2888); `check` closes them
         OmegaConf.set_struct(schema[node], False)
     ConfigStore.instance().store(name="schema", node=schema)
@@ -300,17 +300,22 @@ def check(cfg: DictConfig) -> None:
     ):
         if not fine:
             wrong.append(f"audit.{name}: must be {wanted}; is {cfg.audit[name]}.")
-    if cfg.audit.reward and (stage != "rl" or not cfg.audit.on):
+    second = cfg.audit.reward
+    if second and not (isinstance(second, DictConfig) and "_target_" in second):
+        wrong.append("audit.reward: names no _target_; give audit.reward._target_.")
+    if second and (stage != "rl" or not cfg.audit.on):
         why = "with audit.on=false" if stage == "rl" else f"in stage {stage}, which is not audited"
         wrong.append(f"audit.reward: has no effect {why}.")
-    for node in ("data", "reward", "algo", "audit.reward"):
-        value: Any = OmegaConf.select(cfg, node)
-        value = OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig) else value
+    for node in ("data", "reward", "algo", "audit"):
+        value: Any = OmegaConf.to_container(cfg[node], resolve=True)
         if not value:
             continue
-        if not isinstance(value, dict) or "_target_" not in value:
-            choose = "" if node == "audit.reward" else f"choose {node}=NAME (see `alignkit list`) or "
-            wrong.append(f"{node}: names no _target_; {choose}give {node}._target_.")
+        if node == "audit":
+            value["_target_"] = f"{__name__}.AuditSettings"
+        if "_target_" not in value:
+            wrong.append(
+                f"{node}: names no _target_; choose {node}=NAME (see `alignkit list`) or give {node}._target_."
+            )
             continue
         if node == "algo" and stage == "rl":
             value = _without_schedules(value, wrong)

@@ -17,7 +17,7 @@ from alignkit.batch import Batch
 from alignkit.cli import hydra_words
 from alignkit.config import AuditSettings, check, schema_keys
 from alignkit.errors import Stopped, UserError
-from alignkit.rewards.rule import Constant, Length
+from alignkit.rewards.rule import Constant
 
 # ---- measures --------------------------------------------------------------------------------------------------------
 
@@ -226,11 +226,11 @@ def test_the_state_is_json_and_brings_back_every_look() -> None:
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
-# a rate at which the length reward moves the small model within a few steps: it ends at once, as a target of 1 asks
+# a rate at which the small model, whose responses are all cut off at 8 tokens, learns within some steps to end them early
 GAMED = [
-    "+algo=reinforce", *SMALL_CAUSAL, *SMALL_RL, "data=rnnlg", "reward=length", "reward.target=1", "algo.k=4",
-    "algo.prompts_per_step=8", "algo.lr=0.03", "algo.warmup=0", "algo.schedule=constant", "algo.steps=24", "algo.baseline=batch",
-    "audit.window=2", "evaluate.every=12", "evaluate.test=false", "evaluate.select=reward", "run.samples_every=100",
+    "+algo=reinforce", *SMALL_CAUSAL, *SMALL_RL, "data=rnnlg", "reward=length", "reward.target=4", "algo.k=8",
+    "algo.prompts_per_step=8", "algo.lr=0.05", "algo.warmup=0", "algo.schedule=constant", "algo.steps=16", "algo.baseline=batch",
+    "audit.window=2", "evaluate.every=8", "evaluate.test=false", "evaluate.select=reward", "run.samples_every=100",
 ]  # fmt: skip
 
 
@@ -256,7 +256,7 @@ def test_a_run_whose_length_collapses(gamed: tuple[dict[str, Any], Path]) -> Non
 def test_dev_is_watched_too(gamed: tuple[dict[str, Any], Path]) -> None:
     result, run = gamed
     found = {m["step"]: m for m in lines(run / "metrics.jsonl") if "dev/reward" in m}
-    assert set(found) == {0, 12, 24}
+    assert set(found) == {0, 8, 16}
     assert {"dev/length", "dev/repetition", "dev/copy", "dev/distinct_2", "dev/audit/length"} <= set(found[0])
     assert found[0]["dev/audit/length"] == 0
     assert [a["step"] for a in result["audit"] if a["name"] == "dev/audit/length"] == [
@@ -292,7 +292,7 @@ def test_an_alarm_can_end_the_run(gamed: tuple[dict[str, Any], Path], tmp_path: 
     words = [*GAMED, "evaluate.every=0", "audit.stop=true"]
     result, run = train(tmp_path / "whole", *words)
     assert (result["ended_by"], result["steps"]) == ("audit.stop", result["audit"][0]["step"])
-    assert result["steps"] < 24 and (run / f"checkpoint-{result['steps']}").is_dir()
+    assert result["steps"] < 16 and (run / f"checkpoint-{result['steps']}").is_dir()
 
 
 def test_an_alarm_on_dev_ends_the_run_after_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,7 +424,9 @@ def test_the_settings_are_shown() -> None:
     assert keys and all(f"  audit.{key}: " in shown for key in keys)
 
 
-def test_length_is_what_the_runs_above_are_rewarded_for() -> None:
-    """The control of their arithmetic: a target of 1 asks for responses that end at once."""
-    given = batch([[1], [1, 2, 3]], [1, 1], ["a", "b"])
-    assert Length(target=1)(given).tolist() == [1.0, 0.0]
+def test_an_unknown_key_of_a_file_is_refused() -> None:
+    """The node is open for the sake of the second reward; `check` closes it."""
+    cfg = composed(["+algo=grpo"])
+    cfg.audit.lenght = 2
+    with pytest.raises(UserError, match=r"audit\.lenght: unknown. Did you mean 'length'\?"):
+        check(cfg)
