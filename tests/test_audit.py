@@ -18,6 +18,7 @@ from alignkit.cli import hydra_words
 from alignkit.config import AuditSettings, check, schema_keys
 from alignkit.errors import Stopped, UserError
 from alignkit.rewards.rule import Constant
+from alignkit.run import Run
 
 # ---- measures --------------------------------------------------------------------------------------------------------
 
@@ -287,12 +288,22 @@ def test_a_stopped_run_has_the_same_alarms(
         assert one == other
 
 
-def test_an_alarm_can_end_the_run(gamed: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
-    """Here after the first alarm; a run that is stopped at that step ends there too."""
+def test_an_alarm_can_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is killed after its last checkpoint and before its result: repeated, it trains no further."""
     words = [*GAMED, "evaluate.every=0", "audit.stop=true"]
     result, run = train(tmp_path / "whole", *words)
     assert (result["ended_by"], result["steps"]) == ("audit.stop", result["audit"][0]["step"])
     assert result["steps"] < 16 and (run / f"checkpoint-{result['steps']}").is_dir()
+
+    def killed(self: Run, *rest: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(Run, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "broken", *words)
+    again, _ = train(tmp_path / "broken", *words)
+    assert [again[k] for k in ("steps", "ended_by", "audit")] == [result[k] for k in ("steps", "ended_by", "audit")]
 
 
 def test_an_alarm_on_dev_ends_the_run_after_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
