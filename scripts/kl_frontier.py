@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -25,7 +26,7 @@ def trace(run: Path, metric: str) -> list[tuple[float, float]]:
 
 def at_kl(points: list[tuple[float, float]], kl: float) -> float:
     """The metric where the trace first reaches a KL, by linear interpolation; not a number where it never does."""
-    for (a, low), (b, high) in zip(points, points[1:], strict=False):
+    for (a, low), (b, high) in pairwise(points):
         if a <= kl <= b:
             return low + (high - low) * (kl - a) / max(b - a, 1e-12)
     return math.nan

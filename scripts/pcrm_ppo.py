@@ -40,17 +40,19 @@ def make_pairs(out: Path, seed: int, count: int, noise: float) -> None:
     if (out / "test.jsonl").exists():
         return
     import torch
+    from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
-    from alignkit.config import Model, conf_dir
+    from alignkit.config import Model, conf_dir, register
     from alignkit.decode import Decode
     from alignkit.policy import load
     from alignkit.rewards import scores_of
 
     policy = load(Model(path="bundled:nlg"), 0)
-    data = instantiate(OmegaConf.load(conf_dir() / "data" / "rnnlg_acts.yaml"))
-    gold = instantiate(OmegaConf.load(conf_dir() / "reward" / "nlg.yaml"), _convert_="object")
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", ["+algo=ppo"])
+    data, gold = (instantiate(node, _convert_="object") for node in (cfg.data, cfg.reward))
     generator = torch.Generator().manual_seed(seed)
     acts = {}
     for row in data.rows("train"):
