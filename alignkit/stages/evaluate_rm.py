@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from alignkit import metrics, reward_model
+from alignkit.batch import Batch
 from alignkit.config import Evaluate
 from alignkit.data import Data, Row
 from alignkit.errors import UserError, suggest
@@ -24,6 +25,7 @@ class HeldOutRewards:
 
     def __init__(self, cfg: Evaluate, data: Data, run: Run) -> None:
         self.cfg, self.run = cfg, run
+        self.decoded: list[Batch] = []  # as a policy's held-out rows have it: a reward model writes nothing to be audited
         self.rows = {split: data.rows(split)[: cfg.rows] for split in ("dev", "test")}
         if not cfg.test:
             self.rows["test"] = []
