@@ -94,7 +94,7 @@ def resolve(path: str) -> str:
         return path  # a hub id
     if (folder / "final").is_dir():
         folder = folder / "final"
-    elif not (folder / "config.json").exists():
+    elif not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         saved = sorted(
             (p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()),
             key=lambda p: int(p.name.rpartition("-")[2]),

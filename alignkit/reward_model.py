@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -138,32 +139,35 @@ class RewardModel(Reader):
         """(B, T) float32 a token, for responses in this model's own tokens; a row's sum is its score.
 
         With ``pooling=all`` what the head gives to each token; else by how much each token changes what the score would be
-        if the response ended there. ``mean`` gives each token its share.
+        if the response ended there. ``mean`` gives each token its share, ``pattern`` the last token all.
 
         Raises:
             UserError: the tokens are another tokenizer's.
         """
         ids = [one[:n].tolist() for one, n in zip(batch.response_ids, batch.lengths.tolist(), strict=True)]
-        own = self._batch_of(ids, batch.rows, batch.responses)
         if (
             max(max(one) for one in ids) >= len(self.tokenizer)
-            or self.decode_text(own.response_ids, own.mask) != batch.responses
+            or self.decode_text(batch.response_ids, batch.mask) != batch.responses
         ):
             raise UserError(
                 "token-level rewards need a reward model with the policy's own tokenizer; this one reads other tokens. "
                 "Take reward.per=response, which goes by the text."
             )
+        own = self._batch_of(ids, batch.rows, batch.responses)
         own = own.with_(extra={"row": torch.arange(len(own), device=own.mask.device)})
-        found = torch.zeros(own.mask.shape, device=own.mask.device)
+        found = torch.zeros(batch.mask.shape, device=own.mask.device)
         with self._evaluating():
             for part in own.split(budget):
-                tokens = self.head.scores(self.outputs(part, tokens=True)[1].float())
-                found[part.extra["row"], : tokens.shape[1]] = self._shares(tokens, part)
-        return found * own.mask
+                z, tokens = self.outputs(part, tokens=True)
+                shares = self._shares(self.head.scores(z), self.head.scores(tokens.float()), part)
+                found[part.extra["row"], : tokens.shape[1]] = shares * part.mask
+        return found
 
-    def _shares(self, tokens: Tensor, part: Batch) -> Tensor:
-        """Scores (B, T) at every token → what each token adds to the normalised score of the response."""
+    def _shares(self, scores: Tensor, tokens: Tensor, part: Batch) -> Tensor:
+        """Scores (B,) of responses and (B, T) at every token → what each token adds to the normalised score."""
         last = ops.last_token(part.mask)
+        if self.reading.pooling == "pattern":
+            return last * ((scores - self.mean) / self.std)[:, None]
         if self.reading.pooling == "all":
             return (tokens - self.mean * last) / self.std
         if self.reading.pooling == "mean":
@@ -374,7 +378,7 @@ class RewardModel(Reader):
         if self.examples:
             self.mean, self.std = 0.0, 1.0
             raw = self.score(self.examples)
-            self.mean, self.std = float(raw.mean()), float(raw.std()) or 1.0
+            self.mean, self.std = float(raw.mean()), (float(raw.std()) if len(raw) > 1 else 0.0) or 1.0
             scores = self.score(self.examples[:8])
             self.test = [
                 {"prompt": row["prompt"], "response": row["response"], "score": float(s)}
@@ -411,12 +415,13 @@ def build(cfg: Model, reading: Reading, seed: int, texts: list[str], checkpoint:
     A path may be a policy, an encoder or a reward model; of the last one the head is taken over where it fits.
     """
     backbone, tokenizer, compute = read(cfg, seed, texts, checkpoint, lambda config: AutoModel, lambda config: None)
+    torch.manual_seed(seed)
     tokenizer = _with_pad(tokenizer, backbone)
     torch.manual_seed(seed)
     head = reading.head.build(_width(backbone.config)).to(backbone.device, getattr(torch, cfg.dtype))
-    folder = checkpoint or (Path(p) if cfg.path and (p := resolve(cfg.path)) and Path(p).is_dir() else None)
+    folder = checkpoint or (_folder(cfg.path, only_cached=True) if cfg.path else None)
     weights = _head_weights(folder) if folder else {}
-    if {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in head.state_dict().items()}:
+    if _shapes(weights) == _shapes(head.state_dict()):
         head.load_state_dict(weights)
     model = RewardModel(Scorer(backbone, head).eval(), tokenizer, compute, reading)
     if reading.pooling == "pattern" and not reading.pattern:
@@ -430,21 +435,48 @@ def load(path: str, device: str = "auto", compute: str = "same") -> RewardModel 
     Raises:
         UserError: no such model, or one that is no reward model.
     """
-    folder = Path(resolve(path))
+    folder = _folder(path)
     file = folder / SETTINGS
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if settings is None and folder.is_dir() and not _head_weights(folder):
+    weights = _head_weights(folder)
+    if settings is None and not weights:
         raise UserError(
             f"{path} is no reward model: {folder} has neither {SETTINGS} nor a head `score`. Train one with +algo=bt."
         )
-    cfg = Model(path=path, device=device, compute=compute)
+    cfg = Model(path=str(folder), device=device, compute=compute)
     if settings and settings["kind"] == "comparator":
         return Comparator(policy.load(cfg, 0), *(settings[k] for k in ("template", "yes", "no")))
     model = build(cfg, Reading.from_json(settings["reading"]) if settings else Reading(), 0, [])
+    wanted = _shapes(model.model.head.state_dict())
+    if _shapes(weights) != wanted:
+        raise UserError(
+            f"{path}: the weights of its head, {_shapes(weights) or 'none'}, must be {wanted}, "
+            + (f"as {SETTINGS} says." if settings else "those of a classifier with one label.")
+        )
     if settings:
         model.mean, model.std, model.test = settings["mean"], settings["std"], settings["test"]
     model.model.requires_grad_(False)
     return model
+
+
+def _folder(path: str, only_cached: bool = False) -> Path:
+    """The folder of a model: its own, or that in the hub's cache, into which it is loaded unless ``only_cached``."""
+    folder = Path(resolve(path))
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(path, local_files_only=only_cached, ignore_patterns=["*.bin", "*.pt", "*.h5"]))
+    except (OSError, ValueError) as e:
+        if only_cached:  # it lies elsewhere, and was loaded from there
+            return folder
+        raise UserError(
+            f"model.path={path}: cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0]}). Check the id or folder; "
+            f"with HF_HUB_OFFLINE=1 only what lies in the cache is found."
+        ) from None
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(w.shape) for name, w in weights.items()}
 
 
 def _head_weights(folder: Path) -> dict[str, Tensor]:
