@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from conftest import ANSWERS, WORDS
 from safetensors.torch import load_file, save_file
 from scoring_models import EXAMPLES, HEADS, KINDS, POOLINGS, alone, cfg, model_of, new, rows, score_of
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignkit import policy, reward_model
 from alignkit.algos.bt import BT
@@ -552,9 +551,10 @@ def test_card_vectors_of_comparisons(
 def test_even_is_exact_whatever_the_probability(monkeypatch: pytest.MonkeyPatch, comparator: Comparator) -> None:
     logits = torch.linspace(-9, 9, 500)
     data = [{**rows(1)[0], "rejected": rows(1)[0]["chosen"]}]
+    batch = comparator.pairs(data)
+    monkeypatch.setattr(comparator, "pairs", lambda rows: batch)
     for one in logits:
         monkeypatch.setattr(comparator, "logits", lambda part, one=one: torch.stack([one, one]))
-        monkeypatch.setattr(comparator, "pairs", lambda rows, batch=comparator.pairs(data): batch)
         assert comparator.compare(data).tolist() == [0.5]
 
 
