@@ -112,7 +112,13 @@ def _lines(given: dict[str, Any], prefix: str = "") -> list[str]:
 
 def _settings() -> str:
     """What every run takes beside its method's settings."""
-    parts = (("model", "Model"), ("model.lora", "Lora"), ("evaluate", "Evaluate"), ("run", "RunSettings"))
+    parts = (
+        ("model", "Model"),
+        ("model.lora", "Lora"),
+        ("evaluate", "Evaluate"),
+        ("audit", "AuditSettings"),
+        ("run", "RunSettings"),
+    )
     lines = ["what every run takes; a method's own settings: alignkit show NAME", ""]
     for name, target in parts:
         found = _lines({"_target_": f"alignkit.config.{target}"}, f"{name}.")

@@ -162,13 +162,14 @@ def hydra_words(words: list[str]) -> list[str]:
         if not matched or word.startswith("-"):
             continue
         key, value = matched.groups()
-        if key in GROUPS and re.fullmatch(r"[\w,/.-]+", value):
-            known = options(key, extra)
+        group = key.partition("@")[0]  # reward@audit.reward=chrf: an option of one group, put elsewhere
+        if group in GROUPS and re.fullmatch(r"[\w,/.-]+", value):
+            known = options(group, extra)
             for option in value.split(","):
                 if option not in known:
-                    raise UserError(f"{key}={option}: there is no such {key}.{suggest(option, known)}")
+                    raise UserError(f"{key}={option}: there is no such {group}.{suggest(option, known)}")
             continue
-        if key.startswith("hydra") or "/" in key or key in GROUPS:
+        if key.startswith("hydra") or "/" in key or group in GROUPS:
             continue
         parts = key.split(".")
         for depth, part in enumerate(parts):

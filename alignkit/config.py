@@ -73,6 +73,26 @@ class Evaluate:
 
 
 @dataclass
+class AuditSettings:
+    """Stage rl: what is measured beside the reward, and how far it may move from the start until an alarm rings.
+
+    An alarm whose setting is null is switched off.
+    """
+
+    on: bool = True
+    stop: bool = False  # end the run after the step in which an alarm first rings
+    window: int = 5  # steps behind the start, and behind the present values that are held against it
+    length: float | None = 1.5  # audit/length: the mean length has grown, or shrunk, by more than this factor
+    repetition: float | None = 0.1  # audit/repetition: the share of repeated 3-grams has risen by more than this
+    diversity: float | None = 0.5  # audit/diversity: distinct_2 is below this share of its start
+    copy: float | None = 0.2  # audit/copy: the share of 3-grams copied from the prompt has risen by more than this
+    spread: float | None = (
+        3.0  # audit/reference, audit/second: reward up, the other down by more standard errors than this
+    )
+    reward: Any = None  # a second reward that training never sees, {_target_: …}; null: none
+
+
+@dataclass
 class RunSettings:
     root: str = "runs"
     name: str = "${name}-s${seed}-${signature:}"
@@ -97,6 +117,7 @@ class Config:
     algo: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Any] = field(default_factory=dict)  # of a pipeline: name → list of command-line words
     evaluate: Evaluate = field(default_factory=Evaluate)
+    audit: AuditSettings = field(default_factory=AuditSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
 
@@ -194,7 +215,7 @@ def register() -> None:
 
     OmegaConf.register_new_resolver("signature", lambda _root_: signature(_root_), replace=True)
     schema = OmegaConf.structured(Config)
-    for node in ("data", "reward", "algo", "steps"):
+    for node in ("data", "reward", "algo", "steps", "audit"):  # of audit the second reward: its own keys are typed
         # open nodes, or a sweep over +algo with a fixed algo.lr fails (hydra #283, #2888); `check` closes them
         OmegaConf.set_struct(schema[node], False)
     ConfigStore.instance().store(name="schema", node=schema)
@@ -213,7 +234,13 @@ def schema_keys(prefix: str = "") -> list[str] | None:
         found = {f.name: f for f in fields(node)}.get(part)
         if found is None:
             return None
-        node = {"model": Model, "evaluate": Evaluate, "run": RunSettings, "lora": Lora}.get(part)
+        node = {
+            "model": Model,
+            "lora": Lora,
+            "evaluate": Evaluate,
+            "audit": AuditSettings,
+            "run": RunSettings,
+        }.get(part)
         if node is None or not is_dataclass(node):
             return None
     return [f.name for f in fields(node)]
@@ -270,10 +297,26 @@ def check(cfg: DictConfig) -> None:
             wrong.append(f"{name}: must not be negative.")
     if cfg.evaluate.rows is not None and cfg.evaluate.rows < 1:
         wrong.append("evaluate.rows: must be at least 1, or null for all.")
-    for node in ("data", "reward", "algo"):
+    for name, wanted, fine in (
+        ("window", "at least 1", cfg.audit.window >= 1),
+        ("length", "above 1, or null", cfg.audit.length is None or cfg.audit.length > 1),
+        ("diversity", "between 0 and 1, or null", cfg.audit.diversity is None or 0 < cfg.audit.diversity < 1),
+        *((n, "above 0, or null", cfg.audit[n] is None or cfg.audit[n] > 0) for n in ("repetition", "copy", "spread")),
+    ):
+        if not fine:
+            wrong.append(f"audit.{name}: must be {wanted}; is {cfg.audit[name]}.")
+    second = cfg.audit.reward
+    if second and not (isinstance(second, DictConfig) and "_target_" in second):
+        wrong.append("audit.reward: names no _target_; give audit.reward._target_.")
+    if second and (stage != "rl" or not cfg.audit.on):
+        why = "with audit.on=false" if stage == "rl" else f"in stage {stage}, which is not audited"
+        wrong.append(f"audit.reward: has no effect {why}.")
+    for node in ("data", "reward", "algo", "audit"):
         value: Any = OmegaConf.to_container(cfg[node], resolve=True)
         if not value:
             continue
+        if node == "audit":
+            value["_target_"] = f"{__name__}.AuditSettings"
         if "_target_" not in value:
             wrong.append(
                 f"{node}: names no _target_; choose {node}=NAME (see `alignkit list`) or give {node}._target_."

@@ -94,7 +94,8 @@ def _run(cfg: DictConfig, data: Data | None) -> dict[str, Any]:
     algo = _build(cfg.algo, "algo") if cfg.algo else None
     reward = _build(cfg.reward, "reward") if cfg.reward else None
     stage = importlib.import_module(f"alignkit.stages.{cfg.stage}")
-    run = Run(cfg, record["sha256"], sys.argv)
+    second = _build(cfg.audit.reward, "audit.reward") if cfg.audit.reward else None
+    run = Run(cfg, record["sha256"], sys.argv, second)
     if data:
         run.write_json("data.json", record)
     try:
@@ -140,14 +141,14 @@ def fingerprint(
 ) -> dict[str, str]:
     """Setting → SHA-256 of what it names: the data files, and the files that a ``_target_`` outside alignkit names."""
     found = {f"data.{split}": digest for split, digest in data.fingerprint(splits).items()} if data else {}
-    for name in ("data", "reward", "algo"):
+    for name in ("data", "reward", "algo", "audit"):
         for path, target in _targets(OmegaConf.to_container(cfg[name], resolve=True), name):
             file = None if target.startswith("alignkit.") else file_of(target)
             if file is not None:
                 found[path] = hashlib.sha256(file.read_bytes()).hexdigest()
-    learned: Any = OmegaConf.to_container(cfg.reward, resolve=True)
-    for path, folder in _models(learned, "reward"):
-        found[path] = _hash_folder(folder)
+    for name in ("reward", "audit"):
+        for path, folder in _models(OmegaConf.to_container(cfg[name], resolve=True), name):
+            found[path] = _hash_folder(folder)
     return found
 
 

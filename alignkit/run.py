@@ -25,13 +25,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file, save_model
 
 from alignkit import __version__
+from alignkit.audit import Audit
 from alignkit.batch import Batch, Loss
 from alignkit.config import same_settings, same_sources, signature, whole
 from alignkit.data import Row
 from alignkit.errors import Stopped, UserError
 from alignkit.files import write_atomically
 from alignkit.progress import Progress
+from alignkit.rewards import Reward
 from alignkit.tracking import Tracker
+
+TRAINING = ("loss", "reward", "kl", "length", "margin", "preference_accuracy")  # of the last step, in result.json
 
 
 class Run:
@@ -42,8 +46,12 @@ class Run:
     unbroken one does (for an equal number of threads).
     """
 
-    def __init__(self, cfg: DictConfig, fingerprint: dict[str, str], command: list[str]) -> None:
+    def __init__(
+        self, cfg: DictConfig, fingerprint: dict[str, str], command: list[str], second: Reward | None = None
+    ) -> None:
+        """``second``: the reward that the audit alone sees."""
         self.cfg = cfg
+        self.audit = Audit(OmegaConf.to_object(cfg.audit), second)  # type: ignore[arg-type]
         self.dir = Path(cfg.run.dir)
         self.seed: int = cfg.seed
         self.ledger: dict[str, float] = {}
@@ -142,7 +150,7 @@ class Run:
         dev = held_out.dev(policy) if self.cfg.evaluate.every else {}
         if dev:
             self._improved(0, held_out.selected(dev))
-            self.log(0, dev)
+            self.log(0, {**self.look(0, held_out.decoded, "dev/"), **dev})
             self.progress.say("before: " + " ".join(f"{k} {v:.4g}" for k, v in dev.items()))
             self.save(0, policy, optimizer, algo.state())
 
@@ -158,7 +166,7 @@ class Run:
         better = False
         if every and (done % every == 0 or done == steps):
             dev = held_out.dev(policy)
-            metrics = {**metrics, **dev}
+            metrics = {**metrics, **self.look(done, held_out.decoded, "dev/"), **dev}
             better = bool(dev) and self._improved(done, held_out.selected(dev))
         self.log(done, metrics)
         if better or self.stop_asked or done % self.cfg.run.save_every == 0 or done == steps:
@@ -239,6 +247,16 @@ class Run:
         shares = {f"share/{p}": s / whole for p, s in seconds.items()}
         return {**shares, "step_seconds": whole, "tokens_per_second": spent.get("tokens/sampled", 0.0) / whole}
 
+    def look(self, step: int, batches: list[Batch], where: str = "") -> dict[str, float]:
+        """What the audit finds in samples, or in dev responses (``where="dev/"``); an alarm is said when it first rings."""
+        if not self.cfg.audit.on or self.cfg.stage != "rl" or not batches:
+            return {}
+        with self.phase("evaluate" if where else "score"):
+            found = self.audit.look(step, batches, where)
+        for text in self.audit.new:
+            self.progress.say(text)
+        return found
+
     # ---- the record ----------------------------------------------------------------------------------------
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -250,6 +268,7 @@ class Run:
 
     def samples(self, step: int, batch: Batch, limit: int = 16) -> None:
         """Append prompts, references, responses and scores of a step to ``samples.jsonl``."""
+        ringing = {"audit": self.audit.ringing} if self.audit.ringing else {}
         for i in range(min(len(batch), limit)):
             row = batch.rows[i]
             entry = {
@@ -259,7 +278,7 @@ class Run:
                 "response": batch.responses[i],
                 "score": None if batch.scores is None else float(batch.scores[i]),
             }
-            _append(self.dir / "samples.jsonl", entry)
+            _append(self.dir / "samples.jsonl", entry | ringing)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a file of the run directory whole or not at all."""
@@ -292,6 +311,7 @@ class Run:
             "step": step,
             "signature": signature(self.cfg),
             "algo": algo_state,
+            "audit": self.audit.state(),
             "ledger": self.ledger,
             "best": self.best,
             "before": self.before,
@@ -338,6 +358,7 @@ class Run:
 
     def finish(self, policy: Any, steps: int, held_out: Any) -> dict[str, Any]:
         """Evaluate the last or best weights, write ``final/`` with its card, then ``result.json``: the run is finished."""
+        weights_of = steps
         if self.cfg.evaluate.final == "best" and self.best and self.best["step"] != steps:
             best = self.dir / f"checkpoint-{self.best['step']}"
             if not best.is_dir():
@@ -349,14 +370,21 @@ class Run:
                 self.progress.say(
                     "the start is the best on dev, so final/ holds it; evaluate.final=last takes the end."
                 )
+            weights_of = int(self.best["step"])
         after = held_out.test(policy, "after")
         with self._whole(self.dir / "final") as folder:
             policy.export(folder)
-            result = self._result(steps, after, hash_weights(folder))
+            result = self._result(steps, after, hash_weights(folder)) | {"training": self._training_of(weights_of)}
             (folder / "README.md").write_text(model_card(self.cfg, result), encoding="utf-8")
         self.write_json("result.json", result)
         self.tracker.finish(result)
         return result
+
+    def _training_of(self, step: int) -> dict[str, float]:
+        """What was logged of the training step that gave the final weights."""
+        lines = (self.dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+        found = [line for line in map(json.loads, filter(None, lines)) if line["step"] == step]
+        return {k: v for line in found for k, v in line.items() if k in TRAINING}
 
     def _result(self, steps: int, after: dict[str, Any], weights: str) -> dict[str, Any]:
         return {
@@ -370,6 +398,7 @@ class Run:
             "steps": steps,
             "ended_by": self.ended_by,
             "best": self.best,
+            "audit": self.audit.alarms,
             "samples": int(self.ledger.get("samples", 0)),
             "tokens": {k.removeprefix("tokens/"): int(v) for k, v in self.ledger.items() if k.startswith("tokens/")},
             "seconds": _under(self.ledger, "seconds/"),
@@ -397,6 +426,7 @@ class Run:
         same_settings(self.dir, self.state["signature"], self.cfg)
         same_sources(self.dir, self.state["fingerprint"], fingerprint, self.cfg)
         self.ledger, self.best, self.before = self.state["ledger"], self.state["best"], self.state["before"]
+        self.audit.load_state(self.state["audit"])
 
     def _drop_later_steps(self) -> None:
         """Steps after the checkpoint are done again, so their lines go."""
@@ -493,6 +523,7 @@ def model_card(cfg: DictConfig, result: dict[str, Any]) -> str:
     for split, metrics in after.items():
         values = ", ".join(f"{k} {v['value']:.4g}" for k, v in metrics.items() if isinstance(v, dict))
         lines.append(f"- {split}: {values}")
+    lines += [f"- {alarm['text']}" for alarm in result["audit"]]
     lines += ["", "```yaml", OmegaConf.to_yaml(OmegaConf.create(whole(cfg))), "```", ""]
     return "\n".join(lines)
 

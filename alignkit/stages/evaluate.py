@@ -35,6 +35,7 @@ class HeldOut:
     ) -> None:
         """``ranked``: of a split's pairs, 1 where the policy ranks one as the data do, 0 where not, a half where it is even."""
         self.cfg, self.reward, self.run, self.ranked = cfg, reward, run, ranked
+        self.decoded: list[Batch] = []  # what dev was last measured on, with scores where there is a reward
         self.rows = {split: data.rows(split)[: cfg.rows] for split in ("dev", "test")}
         if not cfg.test:
             self.rows["test"] = []
@@ -44,7 +45,8 @@ class HeldOut:
         if not self.rows["dev"]:
             return {}
         with self.run.phase("evaluate"):
-            scored = self._score(policy, "dev")[0].scores(_ones(self.rows["dev"]))
+            found, _, self.decoded = self._score(policy, "dev")
+            scored = found.scores(_ones(self.rows["dev"]))
         return {f"dev/{name}": float(value[0]) for name, value in scored.items()}
 
     def selected(self, dev: dict[str, float]) -> float:
@@ -70,7 +72,7 @@ class HeldOut:
         if not rows:
             return {}
         with self.run.phase("evaluate"):
-            scored, entries = self._score(policy, split)
+            scored, entries, _ = self._score(policy, split)
         path = self.run.dir / f"outputs-{name}.jsonl"
         path.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), encoding="utf-8")
         tables = {split: metrics.summary(scored, self.cfg.bootstrap)}
@@ -81,12 +83,13 @@ class HeldOut:
             tables["difference"] = metrics.difference(before, scored, self.cfg.bootstrap)
         return tables
 
-    def _score(self, policy: Policy, split: str) -> tuple[metrics.Sentences, list[dict[str, Any]]]:
+    def _score(self, policy: Policy, split: str) -> tuple[metrics.Sentences, list[dict[str, Any]], list[Batch]]:
         rows = self.rows[split]
-        entries = []
+        entries, batches = [], []
         for first in range(0, len(rows), self.cfg.batch_size):
             batch = self._decode(policy, rows[first : first + self.cfg.batch_size], first)
-            scores = scores_of(self.reward, batch).tolist() if self.reward else [None] * len(batch)
+            batches.append(batch.with_(scores=scores_of(self.reward, batch)) if self.reward else batch)
+            scores = [None] * len(batch) if batches[-1].scores is None else batches[-1].scores.tolist()
             for row, response, score in zip(batch.rows, batch.responses, scores, strict=True):
                 entry = {"prompt": row["prompt"], "references": row["references"], "response": response}
                 entries.append(entry | ({} if score is None else {"reward": score}))
@@ -99,7 +102,7 @@ class HeldOut:
             raise UserError(
                 "nothing to measure: the rows have no references and there is no reward. Set data.references."
             )
-        return scored, entries
+        return scored, entries, batches
 
     def _decode(self, policy: Policy, rows: list[Row], first: int) -> Batch:
         if self.cfg.decode == "beam":
@@ -132,7 +135,7 @@ def table(columns: dict[str, Table]) -> str:
     names = list(next(iter(columns.values())))
     lines = ["| metric | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
-        cells = [_cell(name, column[name]) if name in column else "" for column in columns.values()]
+        cells = [cell(name, column[name]) if name in column else "" for column in columns.values()]
         lines.append(f"| {LABELS.get(name, name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -156,6 +159,7 @@ def report(result: dict[str, Any]) -> str:
     if result.get("samples"):
         tokens = ", ".join(f"{v:,} tokens {k}" for k, v in result["tokens"].items())
         lines.append(f"{result['steps']} steps, {result['samples']:,} samples, {tokens}.")
+    lines += [alarm["text"] for alarm in result.get("audit", [])]
     lines.append(f"files: {result['directory']}")
     return "\n".join(lines)
 
@@ -184,7 +188,8 @@ LABELS = {
 PER_CENT = {"bleu", "chrf", "exact_match", "preference_accuracy", "ties", "macro", "longer_wins"}
 
 
-def _cell(name: str, value: dict[str, float]) -> str:
+def cell(name: str, value: dict[str, float]) -> str:
+    """A value with its interval, where it has one."""
     digits = 2 if name in PER_CENT else 3
     text = f"{value['value']:.{digits}f}"
     return text + (f" [{value['low']:.{digits}f}, {value['high']:.{digits}f}]" if "low" in value else "")

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from alignkit.config import signature, whole
 from alignkit.errors import Stopped, UserError, suggest
 from alignkit.files import write_atomically
+from alignkit.stages import evaluate
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -51,8 +52,25 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     last = results[name]
     result = {**last, "stage": "pipeline", "name": cfg.name, "directory": str(directory), "steps_done": done}
     result["signature"] = signature(cfg)
+    text = report(results)
+    write_atomically(directory / "report.md", text + "\n")
     write_atomically(directory / "result.json", json.dumps(result, indent=2) + "\n")
+    print(f"\n{text}\n\nfiles: {directory}")
     return result
+
+
+def report(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: the test metrics of every step before and after it, and how far an RL step went from its start."""
+    lines = ["| step | metric | before | after |", "|---|---|---|---|"]
+    for step, result in results.items():
+        evaluation = result["evaluation"]
+        before = (evaluation.get("before") or {}).get("test", {})
+        for name, cell in (evaluation.get("after") or {}).get("test", {}).items():
+            old = evaluate.cell(name, before[name]) if name in before else ""
+            lines.append(f"| {step} | {evaluate.LABELS.get(name, name)} | {old} | {evaluate.cell(name, cell)} |")
+        if "kl" in result.get("training", {}):
+            lines.append(f"| {step} | KL to the start, nats a response | 0 | {result['training']['kl']:.2f} |")
+    return "\n".join(lines)
 
 
 def _run_to_its_end(command: list[str]) -> tuple[int, bool]:

@@ -42,7 +42,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
 
     steps = run.first_step if _over(algo, run) else algo.steps
     if steps < algo.steps:  # it was passed in the step before a stop
-        run.ended_by = _limit(algo)
+        run.ended_by = _limit(algo, run)
     with run.training(steps):
         for step in range(run.first_step, steps):
             run.seed_globally(step)  # for a reward that draws from torch's own generator
@@ -66,10 +66,10 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
                             part.split(algo.micro_tokens), algo.max_grad_norm, step, algo.rates(step),
                         )  # fmt: skip
                 policy.train(False)
-            every = cfg.run.samples_every
-            if every and (step % every == 0 or step + 1 == steps):
+            watched, every = run.look(step + 1, [scored.drawn()]), cfg.run.samples_every
+            if every and (step % every == 0 or step + 1 == steps or run.audit.new):
                 run.samples(step + 1, batch)
-            metrics = {**_metrics(scored.drawn(), batch), **algo.metrics(batch), **stats}
+            metrics = {**watched, **_metrics(scored.drawn(), batch), **algo.metrics(batch), **stats}
             if step == run.first_step and metrics["cut_off"] == 1:
                 run.progress.say(f"warning: every response was cut off at algo.max_new_tokens={algo.max_new_tokens}.")
             metrics |= {"lr": algo.rates(step)[0], **run.speed()}
@@ -77,7 +77,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
             if nats is not None:
                 metrics |= {"kl": nats, "kl_coefficient": coefficient}
             if step + 1 < steps and _over(algo, run):
-                steps, run.ended_by = step + 1, _limit(algo)
+                steps, run.ended_by = step + 1, _limit(algo, run)
                 run.progress.say(
                     f"ends after step {steps}: {run.ended_by}={OmegaConf.select(cfg, run.ended_by)} is passed."
                 )
@@ -88,13 +88,14 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
 
 
 def _over(algo: RL, run: Run) -> bool:
-    """Whether the run is at its end before its last step: a limit on the KL or on sampled tokens is passed."""
+    """Whether the run is at its end before its last step: a limit on the KL or on sampled tokens is passed, or an alarm
+    of the audit rang."""
     spent = run.ledger.get("tokens/sampled", 0.0)
-    return algo.over or (algo.token_budget is not None and spent >= algo.token_budget)
+    return algo.over or run.audit.over or (algo.token_budget is not None and spent >= algo.token_budget)
 
 
-def _limit(algo: RL) -> str:
-    return "algo.kl_limit" if algo.over else "algo.token_budget"
+def _limit(algo: RL, run: Run) -> str:
+    return "algo.kl_limit" if algo.over else "audit.stop" if run.audit.over else "algo.token_budget"
 
 
 def score(algo: RL, policy: Policy, reward: Reward, start: Callable[[Batch], Tensor] | None, batch: Batch) -> Batch:

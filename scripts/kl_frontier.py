@@ -1,0 +1,52 @@
+"""Reward against KL for several RL runs: what each gains at an equal distance from its start model.
+
+    python scripts/kl_frontier.py RUN [RUN ...] [--metric dev/reward] [--at 1 2 4 8]
+
+Reads ``metrics.jsonl``: at every evaluation on dev the metric, beside the KL (nats a response) of that step's samples. Runs that
+differ only in the scale of their rewards look different at an equal KL weight and alike on this table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+
+def trace(run: Path, metric: str) -> list[tuple[float, float]]:
+    """(KL, metric) at every dev evaluation, in order; the start is at KL 0."""
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if x]
+    found = [(line.get("kl", 0.0), line[metric]) for line in lines if metric in line]
+    if not found:
+        raise SystemExit(f"{run}: no metric {metric}. There is: {', '.join(k for line in lines[:1] for k in line)}.")
+    return found
+
+
+def at_kl(points: list[tuple[float, float]], kl: float) -> float:
+    """The metric where the trace first reaches a KL, by linear interpolation; not a number where it never does."""
+    for (a, low), (b, high) in pairwise(points):
+        if a <= kl <= b:
+            return low + (high - low) * (kl - a) / max(b - a, 1e-12)
+    return math.nan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--metric", default="dev/reward")
+    parser.add_argument("--at", type=float, nargs="+", default=[1, 2, 4, 8])
+    args = parser.parse_args()
+    print(f"{args.metric} at a KL of …, and at the end\n")
+    print("| run | 0 | " + " | ".join(f"{kl:g}" for kl in args.at) + " | end (its KL) |")
+    print("|---" * (len(args.at) + 3) + "|")
+    for run in args.runs:
+        points = trace(run, args.metric)
+        cells = [points[0][1], *(at_kl(points, kl) for kl in args.at)]
+        shown = ["" if math.isnan(x) else f"{x:.3f}" for x in cells]
+        print(f"| {run.name} | " + " | ".join(shown) + f" | {points[-1][1]:.3f} ({points[-1][0]:.2f}) |")
+
+
+if __name__ == "__main__":
+    main()
