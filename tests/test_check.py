@@ -67,7 +67,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         "evaluate.beams": "must be at least 1.",
         "run.keep": "must be at least 1.",
         "run.wandb": "must be one of auto, online, offline, disabled; is 'on'.",
-        "model.kind": "must be one of auto, causal, seq2seq; is 'decoder'.",
+        "model.kind": "must be one of auto, causal, seq2seq, encoder; is 'decoder'.",
         "model.dtype": "must be one of float32, bfloat16, float16; is 'float8'.",
     }
 
