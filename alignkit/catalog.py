@@ -80,7 +80,7 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
             lines += _lines(content["algo"])
             groups = [e for e in content.get("defaults", []) if isinstance(e, dict)]
             chosen = {k.removeprefix("override /"): v for e in groups for k, v in e.items()}
-            lines += ["", "brings: " + ", ".join(f"{k}={v}" for k, v in chosen.items())]
+            lines += ["", "brings: " + ", ".join(f"{k}={v}" for k, v in chosen.items())] if chosen else []
         example = (
             f"alignkit train {plus}{group}={name}"
             if plus
@@ -88,6 +88,8 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
         )
         if content.get("stage") == "evaluate":
             example = "alignkit evaluate RUN_OR_MODEL"
+        if content.get("stage") == "evaluate_rm":  # what `alignkit evaluate RUN` does with a reward model
+            example = "alignkit train +algo=evaluate_rm model.path=RUN data=polite"
         example += "".join(f" {key}=VALUE" for key in _left_open(group, name, extra))
         return "\n".join([*lines, "", f"example: {example}"])
     every = [n for group in ("algo", "preset", "model", "data", "reward") for n in options(group, extra)]

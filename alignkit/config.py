@@ -329,7 +329,7 @@ def check(cfg: DictConfig) -> None:
         wrong.append(f"model.lora.dropout: has no effect in stage {stage}, which runs without dropout.")
     if stage in ("rm", "evaluate_rm") and cfg.evaluate.decode != "greedy":
         wrong.append(f"evaluate.decode: has no effect in stage {stage}, which decodes nothing.")
-    if stage == "pref" and cfg.data and not (cfg.data.get("chosen") or cfg.data.get("desirable")):
+    if stage == "pref" and cfg.data and not any(cfg.data.get(k) for k in ("chosen", "desirable", "pairing")):
         wrong.append(
             "data.chosen: the pref stage needs pairs: templates data.chosen and data.rejected, or data=polite (or, for kto, "
             "single responses and the column data.desirable that judges them)."

@@ -16,8 +16,9 @@ import string
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from alignkit.errors import UserError, suggest
 
@@ -43,6 +44,11 @@ class Data:
         None  # template of the better response of a pair, which is then the response too; null: no pairs
     )
     rejected: str | None = None  # template of the worse one
+    candidates: str | None = None  # column of several responses to the prompt, a list of texts
+    golden: str | None = None  # column of the true scores of these, a list of numbers, higher is better
+    pairing: Literal["none", "all", "extremes"] = (
+        "none"  # pairs made of candidates, with their `margin`: all, best and worst
+    )
     desirable: str | None = None  # column of true or false: whether the row's response is a good one; null: not judged
     references: str | None = None  # column of accepted answers (text or list of texts); null: the response
     messages: str | None = None  # column of chat messages; the last assistant turn is the response
@@ -58,6 +64,11 @@ class Data:
     def __post_init__(self) -> None:
         self._read: dict[str, list[Row]] = {}
         self.alike: dict[str, int] = {}  # split → pairs left out because both responses are the same
+        self.ties: dict[str, int] = {}  # split → pairs of candidates left out because both are equally good
+        if self.pairing != "none" and (self.candidates is None or self.golden is None or self.chosen is not None):
+            raise UserError(
+                f"data.pairing={self.pairing} makes pairs of candidates: give data.candidates and data.golden, and no data.chosen."
+            )
         if (self.chosen is None) != (self.rejected is None):
             raise UserError("data.chosen and data.rejected belong together: give both templates, or neither.")
         if self.desirable is not None and (self.chosen is not None or not (self.response or self.messages)):
@@ -79,7 +90,11 @@ class Data:
     @property
     def sides(self) -> tuple[str, ...]:
         """Keys of a row's judged responses: the two of a pair, or the one that ``desirable`` judges."""
-        return ("response",) if self.chosen is None else ("chosen", "rejected")
+        return ("chosen", "rejected") if self.gives("pairs") else ("response",)
+
+    def gives(self, what: str) -> bool:
+        """Whether rows have ``pairs`` or ``ratings``."""
+        return self.ratings is not None if what == "ratings" else self.chosen is not None or self.pairing != "none"
 
     def rows(self, split: str) -> list[Row]:
         """The rendered rows of ``train``, ``dev`` or ``test``; empty when the split has no source.
@@ -96,6 +111,9 @@ class Data:
         seen = set()
         for where, columns in read(source):
             row = self._render(columns, where, len(rows))
+            if self.pairing != "none":
+                rows += self._paired(row, split, len(rows))
+                continue
             if self.chosen is not None and row["chosen"] == row["rejected"]:
                 self.alike[split] = self.alike.get(split, 0) + 1
                 continue
@@ -107,6 +125,10 @@ class Data:
             rows.append(row)
             if split == "train" and self.limit and len(rows) == self.limit:
                 break
+        if split == "train" and self.limit and self.pairing != "none":
+            rows = rows[: self.limit]
+        if not rows and split in self.ties:
+            raise UserError(f"{source}: in no row is one candidate better than another. Look at data.golden.")
         if not rows and split in self.alike:
             raise UserError(
                 f"{source}: in every pair both responses are the same. Look at data.chosen and data.rejected."
@@ -116,9 +138,25 @@ class Data:
         self._read[split] = rows
         return rows
 
+    def _paired(self, row: Row, split: str, index: int) -> list[Row]:
+        """Pairs of a row's candidates, the better one chosen, with the difference of their true scores as ``margin``."""
+        texts, golden = row["candidates"], row["golden"]
+        order = sorted(range(len(texts)), key=lambda i: -golden[i])
+        pairs = [(order[0], order[-1])] if self.pairing == "extremes" else list(combinations(order, 2))
+        found: list[Row] = []
+        for i, j in pairs:
+            if golden[i] == golden[j]:
+                self.ties[split] = self.ties.get(split, 0) + 1
+            elif texts[i] == texts[j]:
+                self.alike[split] = self.alike.get(split, 0) + 1
+            else:
+                pair = {"chosen": texts[i], "rejected": texts[j], "margin": golden[i] - golden[j], "response": texts[i]}
+                found.append({**row, **pair, "references": row["references"] or [texts[i]], "id": index + len(found)})
+        return found
+
     def texts(self) -> list[str]:
         """Prompts and responses of the training rows: what a tokenizer is trained on."""
-        keys = ("prompt", "response") if self.chosen is None else ("prompt", "chosen", "rejected")
+        keys = ("prompt", "chosen", "rejected") if self.gives("pairs") else ("prompt", "response")
         return [t for row in self.rows("train") for key in keys if isinstance(t := row[key], str)]
 
     def fingerprint(self, splits: tuple[str, ...] = ("train", "dev", "test")) -> dict[str, str]:
@@ -143,6 +181,8 @@ class Data:
                 if not row[key].strip():
                     raise UserError(f"{where}: the {key} response is empty. Complete the row, or take it out.")
             row["response"] = row["chosen"] if row["response"] is None else row["response"]
+        if self.candidates is not None:
+            row["candidates"], row["golden"] = _list(columns, self.candidates, self.golden, where)
         if self.ratings is not None:
             row["ratings"] = _ratings(columns, self.ratings, where)
         if self.system is not None and isinstance(row["prompt"], list):
@@ -162,6 +202,31 @@ class Data:
         if row["response"] is None and references:
             row["response"] = references[0]
         return row
+
+
+def _list(columns: Row, candidates: str, golden: str | None, where: str) -> tuple[list[str], list[float] | None]:
+    """The candidates of a row and their true scores, where there are any."""
+    for name, kind in ((candidates, str), (golden, int | float)):
+        if name is None:
+            continue
+        if name not in columns:
+            raise UserError(
+                f"{where}: no column '{name}', which data.{'candidates' if kind is str else 'golden'} asks for.{suggest(name, columns)}"
+            )
+        value = columns[name]
+        if (
+            not isinstance(value, list)
+            or len(value) < 2
+            or not all(isinstance(x, kind) and not isinstance(x, bool) for x in value)
+        ):
+            what = "texts" if kind is str else "numbers"
+            raise UserError(f"{where}: column '{name}' must be a list of at least two {what}, is {str(value)[:80]}.")
+    texts = columns[candidates]
+    if golden is not None and len(texts) != len(columns[golden]):
+        raise UserError(
+            f"{where}: {len(texts)} candidates in '{candidates}' but {len(columns[golden])} scores in '{golden}'."
+        )
+    return texts, None if golden is None else [float(x) for x in columns[golden]]
 
 
 def _ratings(columns: Row, column: str, where: str) -> dict[str, float | None]:

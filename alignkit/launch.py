@@ -123,8 +123,9 @@ def _read(cfg: DictConfig, data: Data) -> dict[str, Any]:
             f"warning: {n} {split} pairs are left out: both responses are the same ({len(rows[split])} remain).",
             file=sys.stderr,
         )
-    if data.alike:
-        record["alike"] = data.alike
+    for split, n in data.ties.items():
+        print(f"warning: {n} {split} pairs are left out: both candidates are equally good.", file=sys.stderr)
+    record |= {name: found for name, found in (("alike", data.alike), ("ties", data.ties)) if found}
     if "train" in rows:
         record["overlap"] = {split: overlap(rows["train"], rows[split]) for split in ("dev", "test") if rows[split]}
         for split, n in record["overlap"].items():

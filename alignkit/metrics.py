@@ -81,6 +81,18 @@ def pairs(margins: list[float], lengths: list[tuple[int, int]], sections: list[s
     return Sentences(stats)
 
 
+def per_prompt(found: list[dict[str, float]]) -> dict[str, np.ndarray]:
+    """Statistics of metrics that each prompt has by itself; one that a prompt has not, or is not a number, does not count."""
+    names = list(dict.fromkeys(name for one in found for name in one))
+    values = np.array([[one.get(name, np.nan) for name in names] for one in found], dtype=float)
+    known = ~np.isnan(values)
+    return {
+        name: np.stack([np.nan_to_num(values[:, i]), known[:, i]], axis=1)
+        for i, name in enumerate(names)
+        if known[:, i].any()
+    }
+
+
 def summary(s: Sentences, resamples: int) -> dict[str, dict[str, float]]:
     """Metric → value, 95 % percentile-bootstrap interval and n."""
     n = _rows(s)
@@ -157,5 +169,8 @@ _SCORE = {
     "macro": lambda sums: (
         100 * np.mean(np.split(sums, 2, axis=1)[0] / np.maximum(np.split(sums, 2, axis=1)[1], 1e-9), axis=1)
     ),
+    "list": lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1e-9),
+    "best_of": lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1e-9),
+    "best_of_gold": lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1e-9),
     "error": lambda sums: sums[:, 0] / sums[:, 1],
 }

@@ -1,8 +1,9 @@
-"""PCRM against Bradley–Terry as rewards of PPO, where the true reward is known: data-to-text, judged by BLEU and slots.
+"""PCRM against Bradley–Terry as rewards of PPO, where the true reward is known: another reward model, trained on human pairs.
 
     python scripts/pcrm_ppo.py --seeds 0 1 2 3 4 --root runs/pcrm_ppo
 
-For each seed: pairs of samples of the bundled model, labelled by the true reward with Bradley–Terry noise; a reward model for each
+Once: a policy that answers plainly or rudely (as in ``+preset=rlhf_tiny``) and the true reward, Bradley–Terry on the politeness
+pairs. For each seed: pairs of the policy's samples, labelled by the true reward with Bradley–Terry noise; a reward model for each
 arm, from the same pairs; PPO against each of them under three controls (scores as they are and cut at ±5; as they are, not cut;
 standardised), all with the same KL weight; every run's trace of true reward and KL on dev, from which the true reward at a matched
 KL is read. Runs that are finished are not repeated. The last lines are Markdown tables with 95 % t-intervals over seeds.
@@ -35,34 +36,29 @@ CONTROLS = {
 MATCHED = 4.0  # nats a response at which arms are compared
 
 
-def make_pairs(out: Path, seed: int, count: int, noise: float) -> None:
-    """Two samples to each of ``count`` acts; the one with the higher true reward is chosen with probability sigmoid(gap / noise)."""
+def make_pairs(out: Path, sft: Path, gold: Path, seed: int, noise: float) -> None:
+    """Four samples to each training prompt, in two pairs; the better one by the true reward is chosen with probability
+    sigmoid(gap / noise)."""
     if (out / "test.jsonl").exists():
         return
     import torch
-    from hydra import compose, initialize_config_dir
-    from hydra.utils import instantiate
 
-    from alignkit.config import Model, conf_dir, register
+    from alignkit.config import Model
+    from alignkit.data import Data
     from alignkit.decode import Decode
     from alignkit.policy import load
     from alignkit.rewards import scores_of
+    from alignkit.rewards.learned import Learned
 
-    policy = load(Model(path="bundled:nlg"), 0)
-    register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("config", ["+algo=ppo"])
-    data, gold = (instantiate(node, _convert_="object") for node in (cfg.data, cfg.reward))
+    policy = load(Model(path=str(sft)), 0)
+    reward = Learned(model=str(gold))
+    data = Data(train="bundled:polite_preference.train.jsonl", prompt="{instruction} {input}")
     generator = torch.Generator().manual_seed(seed)
-    acts = {}
-    for row in data.rows("train"):
-        acts.setdefault(row["prompt"], row)
-    rows = list(acts.values())
-    rows = [rows[i] for i in torch.randperm(len(rows), generator=generator)[:count].tolist()]
+    rows = data.rows("train")
     found = []
-    for first in range(0, len(rows), 128):
-        batch = policy.generate(rows[first : first + 128], 2, Decode(max_new_tokens=64), generator=generator)
-        scores = scores_of(gold, batch)
+    for first in range(0, len(rows), 64):
+        batch = policy.generate(rows[first : first + 64], 4, Decode(max_new_tokens=32), generator=generator)
+        scores = scores_of(reward, batch)
         for i in range(0, len(batch), 2):
             one, other = batch.responses[i : i + 2]
             if one == other or not one or not other:
@@ -97,26 +93,38 @@ def train(words: list[str], directory: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--pairs", type=int, default=1600, help="acts that are sampled for pairs")
     parser.add_argument(
-        "--noise", type=float, default=0.15, help="scale of the label noise, in units of the true reward"
+        "--noise", type=float, default=0.5, help="scale of the label noise, in deviations of the true reward"
     )
-    parser.add_argument("--rm-epochs", type=int, default=8)
+    parser.add_argument("--rm-epochs", type=int, default=6)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--root", type=Path, default=Path("runs/pcrm_ppo"))
     args = parser.parse_args()
+    sft, gold = args.root / "sft", args.root / "gold"
+    train(
+        ["+algo=sft", "model=tiny_causal", "data=polite", 'data.response="{rejected}"', "algo.epochs=16", "algo.lr=2e-3",
+         "algo.warmup=20", "evaluate.every=0", "evaluate.final=last", "seed=100"], sft,
+    )  # fmt: skip
+    train(["+algo=bt", "evaluate.final=last", "seed=100"], gold)
     rms: dict[str, list[dict[str, float]]] = {name: [] for name in RMS}
     rows: dict[tuple[str, str], list[dict[str, float]]] = {}
     for seed in args.seeds:
         pairs = args.root / f"pairs-{seed}"
-        make_pairs(pairs, seed, args.pairs, args.noise)
+        make_pairs(pairs, sft, gold, seed, args.noise)
         data = ["data=pairs", *(f"data.{split}={pairs / split}.jsonl" for split in ("train", "dev", "test"))]
         for arm, words in RMS.items():
             folder = args.root / f"rm-{arm.replace(' ', '_')}-{seed}"
             result = train(
-                [*words, "model=tiny", *data, f"algo.epochs={args.rm_epochs}", "algo.lr=2e-4", "evaluate.every=0",
-                 "evaluate.final=last", f"seed={seed}"], folder,
-            )  # fmt: skip
+                [
+                    *words,
+                    *data,
+                    f"algo.epochs={args.rm_epochs}",
+                    "evaluate.every=0",
+                    "evaluate.final=last",
+                    f"seed={seed}",
+                ],
+                folder,
+            )
             table = result["evaluation"]["after"]["test"]
             rms[arm].append(
                 {
@@ -127,19 +135,18 @@ def main() -> None:
             for control, more in CONTROLS.items():
                 run = args.root / f"ppo-{arm}-{control}-{seed}".replace(" ", "_").replace(",", "")
                 result = train(
-                    ["+algo=ppo", "reward=learned", f"reward.model={folder}", *more, f"algo.steps={args.steps}", "algo.k=2",
-                     "algo.prompts_per_step=32", "algo.epochs=2", "algo.lr=1e-4", "evaluate.every=5", "evaluate.rows=300",
-                     "evaluate.select=reward", "evaluate.final=last", "run.save_every=1000000", f"seed={seed}",
-                     "+reward@audit.reward=nlg"], run,
+                    ["+algo=ppo", f"model.path={sft}", "data=polite", "reward=learned", f"reward.model={folder}", *more,
+                     f"algo.steps={args.steps}", "algo.k=2", "algo.prompts_per_step=32", "algo.max_new_tokens=32",
+                     "algo.epochs=2", "algo.lr=2e-4", "evaluate.every=5", "evaluate.max_new_tokens=32",
+                     "evaluate.select=reward", "evaluate.final=last", "evaluate.test=false", "run.save_every=1000000",
+                     f"seed={seed}", "+reward@audit.reward=learned", f"audit.reward.model={gold}"], run,
                 )  # fmt: skip
                 points = trace(run, "dev/second")
-                after = result["evaluation"]["after"]["difference"]
                 rows.setdefault((arm, control), []).append(
                     {
                         "KL": points[-1][0],
                         "gold": points[-1][1] - points[0][1],
                         "gold at KL": at_kl(points, MATCHED) - points[0][1],
-                        "BLEU": after["bleu"]["value"],
                     }
                 )
                 print(f"seed {seed}, {arm}, {control}: {rows[arm, control][-1]}", file=sys.stderr, flush=True)

@@ -2,8 +2,10 @@
 
     python scripts/prepare_pairs.py hh harmless_base_test.jsonl OUT          # Anthropic's HH format: two whole dialogues
     python scripts/prepare_pairs.py alpaca_eval annotations.jsonl OUT        # AlpacaEval: instruction, two outputs, preference
+    python scripts/prepare_pairs.py oasst trees.jsonl OUT                    # Open Assistant: ranked replies to the first prompt
+    python scripts/prepare_pairs.py persona behaviour.jsonl OUT              # Anthropic's persona sets: a statement, yes or no
 
-Prints what is left out and how often the longer response is the chosen one.
+Open Assistant's become lists: data.candidates=candidates data.golden=golden data.chosen=null data.rejected=null. Prints what is left out and how often the longer response is the chosen one.
 """
 
 from __future__ import annotations
@@ -38,7 +40,33 @@ def alpaca_eval(row: Row) -> Row | None:
     return {"prompt": row["instruction"], "chosen": chosen, "rejected": rejected, "section": row["dataset"]}
 
 
-FORMATS: dict[str, Callable[[Row], Row | None]] = {"hh": hh, "alpaca_eval": alpaca_eval}
+def oasst(row: Row) -> Row | None:
+    """The ranked replies of a tree's first prompt; rank 0 is the best."""
+    replies = [r for r in row["prompt"].get("replies", []) if r.get("rank") is not None and r["text"].strip()]
+    if len(replies) < 2:
+        return None
+    return {
+        "prompt": row["prompt"]["text"],
+        "candidates": [r["text"] for r in replies],
+        "golden": [-r["rank"] for r in replies],
+    }
+
+
+def persona(row: Row) -> Row | None:
+    """What the persona would answer is chosen."""
+    return {
+        "prompt": row["question"],
+        "chosen": row["answer_matching_behavior"],
+        "rejected": row["answer_not_matching_behavior"],
+    }
+
+
+FORMATS: dict[str, Callable[[Row], Row | None]] = {
+    "hh": hh,
+    "alpaca_eval": alpaca_eval,
+    "oasst": oasst,
+    "persona": persona,
+}
 
 
 def split_of(prompt: str) -> str:
@@ -55,15 +83,17 @@ def main() -> None:
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.file.read_text(encoding="utf-8").split("\n") if line.strip()]
     pairs = [pair for row in rows if (pair := FORMATS[args.format](row))]
-    longer = sum(len(p["chosen"]) > len(p["rejected"]) for p in pairs)
-    print(f"{len(pairs)} pairs of {len(rows)} rows; the longer response is the chosen one in {longer / len(pairs):.1%}")
+    print(f"{len(pairs)} of {len(rows)} rows are kept")
+    if pairs and "chosen" in pairs[0]:
+        longer = sum(len(p["chosen"]) > len(p["rejected"]) for p in pairs)
+        print(f"the longer response is the chosen one in {longer / len(pairs):.1%}")
     args.out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "dev", "test"):
         part = [p for p in pairs if split_of(p["prompt"]) == split]
         (args.out / f"{split}.jsonl").write_text(
             "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in part), encoding="utf-8"
         )
-        print(f"{split}: {len(part)} pairs")
+        print(f"{split}: {len(part)} rows")
 
 
 if __name__ == "__main__":

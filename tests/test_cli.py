@@ -158,7 +158,7 @@ def test_the_card_of_a_method(name: str) -> None:
         line = next(x for x in lines if x.startswith(f"  {field.name}: "))
         default = given["algo"].get(field.name, field.default)
         assert default is dataclasses.MISSING or f" = {default!r}" in line
-    for entry in given["defaults"]:
+    for entry in given.get("defaults", []):
         for group, choice in entry.items() if isinstance(entry, dict) else ():
             assert f"{group.removeprefix('override /')}={choice}" in next(x for x in lines if x.startswith("brings: "))
 

@@ -6,12 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
-from running import SMALL_CAUSAL, SMALL_RL, SMALL_SEQ2SEQ, SMALL_SFT, command
+from running import SMALL_CAUSAL, SMALL_RL, SMALL_RUN, SMALL_SEQ2SEQ, SMALL_SFT, command
 
 RUNS = {
     "sft-seq2seq": [*SMALL_SFT, *SMALL_SEQ2SEQ],
     "sft-causal": [*SMALL_SFT, *SMALL_CAUSAL],
     "reinforce-causal": ["+algo=reinforce", *SMALL_CAUSAL, *SMALL_RL],
+    "bt-encoder": [
+        "+algo=bt",
+        *SMALL_RUN,
+        "model.config.hidden_size=16",
+        "model.config.num_hidden_layers=1",
+        "model.config.intermediate_size=32",
+        "algo.steps=4",
+        "algo.batch_size=8",
+        "evaluate.every=2",
+    ],
+    "study": ["+algo=ndr", "algo.prompts=20", "algo.models=4", "algo.resamples=20", "run.wandb=disabled"],
     "esrl-bundled": ["algo=esrl", *SMALL_RL, "algo.steps=2"],
 }
 

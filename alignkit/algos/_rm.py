@@ -32,7 +32,7 @@ class RM(Fit):
     template: str = "{prompt}"  # around a prompt that is text; saved with the model
     max_tokens: int | None = None  # of prompt and response: responses are cut at the end, then prompts at the beginning
     trained: Literal["all", "head"] = "all"  # head: the backbone stays as it is
-    wants: ClassVar[str] = "chosen"  # the setting of `data` without which there is nothing to learn
+    wants: ClassVar[str] = "pairs"  # or ratings: what there is to learn from
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,7 +36,7 @@ class PairwiseRM(Fit):
     )
     yes: str = " YES"
     no: str = " NO"
-    wants: ClassVar[str] = "chosen"
+    wants: ClassVar[str] = "pairs"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -55,6 +55,15 @@ def judged(reward: Reward, batch: Batch) -> Batch:
     return batch.with_(scores=scores.to(batch.mask.device), extra=extra)
 
 
+def of_texts(rows: list[Row]) -> Batch:
+    """Rows with a ``response`` as a batch for rewards that go by texts; one character stands for one token."""
+    lengths = torch.tensor([max(1, len(row["response"])) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    one = torch.ones(len(rows), 1, dtype=torch.long)
+    group = torch.zeros(len(rows), dtype=torch.long)
+    return Batch(one, one.bool(), mask.long(), mask, group, rows, [row["response"] for row in rows])
+
+
 def column_of(row: Row, column: str) -> object:
     """What a reward reads from a data row.
 

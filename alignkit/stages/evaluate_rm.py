@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from alignkit import metrics, reward_model
+from alignkit import metrics, ranking, reward_model
+from alignkit.batch import Batch
 from alignkit.config import Evaluate
 from alignkit.data import Data, Row
 from alignkit.errors import UserError, suggest
-from alignkit.ranking import pearson, spearman
 from alignkit.reward_model import both_sides
+from alignkit.rewards import of_texts, scores_of
 from alignkit.run import Run
 from alignkit.stages.evaluate import Table, table
 
@@ -22,8 +23,12 @@ from alignkit.stages.evaluate import Table, table
 class HeldOutRewards:
     """The dev and test rows, and what is measured of a reward model on them."""
 
-    def __init__(self, cfg: Evaluate, data: Data, run: Run) -> None:
-        self.cfg, self.run = cfg, run
+    def __init__(self, cfg: Evaluate, data: Data, run: Run, reward: Any = None) -> None:
+        """``reward``: what tells how good candidates truly are, where the data do not."""
+        self.cfg, self.run, self.reward = cfg, run, reward
+        self.decoded: list[
+            Batch
+        ] = []  # as a policy's held-out rows have it: a reward model writes nothing to be audited
         self.rows = {split: data.rows(split)[: cfg.rows] for split in ("dev", "test")}
         if not cfg.test:
             self.rows["test"] = []
@@ -76,8 +81,11 @@ class HeldOutRewards:
             return self._measure_pairs(model, rows)
         if "ratings" in rows[0]:
             return self._measure_ratings(model, rows)
+        if "candidates" in rows[0]:
+            return self._measure_lists(model, rows)
         raise UserError(
-            "nothing to measure: the held-out rows have neither pairs nor ratings. Set data.chosen or data.ratings."
+            "nothing to measure: the held-out rows have no pairs, ratings or candidates. Set data.chosen, data.ratings or "
+            "data.candidates."
         )
 
     def _measure_pairs(self, model: Any, rows: list[Row]) -> tuple[Any, list[dict[str, Any]], dict[str, float]]:
@@ -99,7 +107,7 @@ class HeldOutRewards:
         if scores is not None:
             lengths = [len(row["response"]) for row in both_sides(rows)]
             whole["score_sd"] = float(scores.std()) * model.std
-            whole["length_spearman"] = spearman(scores.numpy(), np.array(lengths, dtype=float))
+            whole["length_spearman"] = float(ranking.spearman(scores.numpy(), np.array(lengths, dtype=float)))
         return self._stats(entries), entries, whole
 
     def _measure_ratings(self, model: Any, rows: list[Row]) -> tuple[Any, list[dict[str, Any]], dict[str, float]]:
@@ -119,16 +127,38 @@ class HeldOutRewards:
             both = [(e["predicted"][name], e["ratings"][name]) for e in entries if e["ratings"].get(name) is not None]
             if len(both) > 1:
                 a, b = np.array(both, dtype=float).T
-                whole |= {f"pearson/{name}": pearson(a, b), f"spearman/{name}": spearman(a, b)}
+                whole |= {
+                    f"pearson/{name}": float(ranking.pearson(a, b)),
+                    f"spearman/{name}": float(ranking.spearman(a, b)),
+                }
         known = [v for k, v in whole.items() if k.startswith("pearson/")]
         whole["correlation"] = float(np.mean(known)) if known else 0.0
         return self._stats(entries), entries, whole
+
+    def _measure_lists(self, model: Any, rows: list[Row]) -> tuple[Any, list[dict[str, Any]], dict[str, float]]:
+        """How the model ranks each prompt's candidates, against their true scores or what ``reward`` gives them."""
+        entries = []
+        for row in rows:
+            texts = row["candidates"]
+            each = [{**row, "response": text} for text in texts]
+            if self.reward is not None:
+                golden = scores_of(self.reward, of_texts(each)).tolist()
+            elif row["golden"] is not None:
+                golden = row["golden"]
+            else:
+                raise UserError("candidates have no true scores. Set data.golden, or a reward that gives them.")
+            entries.append(
+                {"prompt": row["prompt"], "candidates": texts, "golden": golden, "scores": model.score(each).tolist()}
+            )
+        return self._stats(entries), entries, {}
 
     def _stats(self, entries: list[dict[str, Any]]) -> metrics.Sentences:
         if "margin" in entries[0]:
             lengths = [(len(e["chosen"]), len(e["rejected"])) for e in entries]
             sections = [e["section"] for e in entries] if "section" in entries[0] else None
             return metrics.pairs([e["margin"] for e in entries], lengths, sections)
+        if "candidates" in entries[0]:
+            return metrics.Sentences(metrics.per_prompt([list_metrics(e["golden"], e["scores"]) for e in entries]))
         errors = [
             float(
                 np.mean(
@@ -144,6 +174,23 @@ class HeldOutRewards:
         return metrics.sentences([""] * len(entries), [[]] * len(entries), {"error": errors})
 
 
+def list_metrics(golden: list[float], scores: list[float]) -> dict[str, float]:
+    """How one prompt's candidates are ranked, and the true score of the best of n drawn from them, by the model and by itself."""
+    g, s = np.array(golden), np.array(scores)
+    found = {
+        "pair_accuracy": ranking.pair_accuracy(g, s), "pearson": ranking.pearson(g, s), "spearman": ranking.spearman(g, s),
+        "kendall": ranking.kendall(g, s), "ndcg": ranking.ndcg(g, s), "mrr": ranking.mrr(g, s),
+    }  # fmt: skip
+    found = {f"list/{name}": float(value) for name, value in found.items()}
+    for n in (1, 2, 4, 8, 16):
+        if n <= len(g):
+            found |= {
+                f"best_of/{n}": float(ranking.best_of(g, s, n)),
+                f"best_of_gold/{n}": float(ranking.best_of(g, g, n)),
+            }
+    return found
+
+
 def _section(row: Row, column: str) -> str:
     if column not in row:
         raise UserError(f"row {row['id']}: no column '{column}', which evaluate.section names.{suggest(column, row)}")
@@ -152,7 +199,7 @@ def _section(row: Row, column: str) -> str:
 
 def run(cfg: DictConfig, run: Run, data: Data, algo: None, reward: Any) -> dict[str, Any]:
     """Measure a reward model on the test rows (dev, where there is no test); write the table and every margin."""
-    held_out = HeldOutRewards(cfg.evaluate, data, run)
+    held_out = HeldOutRewards(cfg.evaluate, data, run, reward)
     split = "test" if held_out.rows["test"] else "dev"
     if not held_out.rows[split]:
         raise UserError("evaluate: the data have neither test nor dev rows. Set data.test.")

@@ -19,10 +19,9 @@ EXAMPLES = 512  # training rows whose scores set the mean and the deviation
 
 def run(cfg: DictConfig, run: Run, data: Data, algo: RM, reward: Any) -> dict[str, Any]:
     """Train on the training rows; rank held-out ones before (where the model was trained before), now and then, and after."""
-    if getattr(data, algo.wants) is None:
-        raise UserError(
-            f"data.{algo.wants}: {cfg.name} learns from it. Set it, or choose other data (`alignkit list`)."
-        )
+    if not data.gives(algo.wants):
+        keys = "data.ratings" if algo.wants == "ratings" else "data.chosen and data.rejected, or data.pairing"
+        raise UserError(f"{cfg.name} learns from {algo.wants}: set {keys}, or choose other data (`alignkit list`).")
     rows = data.rows("train")
     model = algo.build(OmegaConf.to_object(cfg.model), cfg.seed, data.texts(), run.checkpoint)  # type: ignore[arg-type]
     _tell_cut(model, rows, run)
