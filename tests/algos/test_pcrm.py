@@ -32,7 +32,9 @@ def cost(algo: PCRM, scores: list[list[float]], batch: Batch, ceiling: float | N
     """The loss where the tokens have these scores, and the response that of its last one."""
     tokens = torch.tensor(scores, dtype=torch.float64)
     last = tokens[[0, 1], batch.lengths - 1][:, None]
-    model = SimpleNamespace(outputs=lambda b, tokens=False, t=tokens: (last, t[..., None] if tokens else None), head=Scalar())
+    model = SimpleNamespace(
+        outputs=lambda b, tokens=False, t=tokens: (last, t[..., None] if tokens else None), head=Scalar()
+    )
     batch = algo.whole(model, batch, torch.Generator())
     if ceiling is not None:
         batch.extra["ceiling"] = torch.full((2,), ceiling, dtype=torch.float64)
@@ -104,7 +106,9 @@ def test_random_ceilings_are_drawn_anew_between_low_and_high() -> None:
     one, same, other = (algo.whole(None, many, torch.Generator().manual_seed(i)).extra["ceiling"] for i in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert torch.equal(one[0::2], one[1::2])
-    assert 4 <= float(one.min()) < 4.1 and 5.9 < float(one.max()) <= 6 and float(one.mean()) == pytest.approx(5, abs=0.1)
+    assert (
+        4 <= float(one.min()) < 4.1 and 5.9 < float(one.max()) <= 6 and float(one.mean()) == pytest.approx(5, abs=0.1)
+    )
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_the_head_must_have_attributes() -> None:
 
 
 def test_names_and_responses_are_looked_for_before_the_first_step() -> None:
-    rows = [{"id": 0, "response": "a", "ratings": {name: 1 for name in NAMES} | {"verbosity": None}}]
+    rows = [{"id": 0, "response": "a", "ratings": dict.fromkeys(NAMES, 1) | {"verbosity": None}}]
     survey = algo().survey
     with pytest.raises(UserError, match=r"algo\.head\.names: no training row has a rating 'verbosity'"):
         survey(None, rows, None, [])  # type: ignore[arg-type]
