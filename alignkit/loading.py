@@ -27,7 +27,8 @@ def kind_of(config: Any) -> str:
     """``seq2seq``, ``encoder`` (bidirectional) or ``causal``, of a model's configuration."""
     if config.is_encoder_decoder:
         return "seq2seq"
-    return "encoder" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder else "causal"
+    decodes = getattr(config, "is_decoder", False)  # many encoders do not have the setting
+    return "encoder" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes else "causal"
 
 
 def read(
