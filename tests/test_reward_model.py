@@ -441,12 +441,36 @@ def test_the_longest_that_the_positions_allow(kind: str) -> None:
     assert model.score([long, {**long, "prompt": "a"}, {**long, "response": "b"}]).isfinite().all()
 
 
-def test_roberta_counts_its_positions_from_the_padding_on() -> None:
-    config = {"model_type": "roberta", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-              "num_attention_heads": 2, "max_position_embeddings": 40}  # fmt: skip
-    model = reward_model.build(Model(config=config, vocab_size=300, device="cpu"), Reading(), 0, WORDS)
+WIDE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+FEW = {"max_position_embeddings": 40}
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40},
+    "mistral": {**WIDE, **FEW, "num_key_value_heads": 2, "sliding_window": 8},
+    "roberta": {**WIDE, **FEW},  # counts its positions from the padding token's id on, as the two that follow
+    "xlm-roberta": {**WIDE, **FEW},
+    "mpnet": {**WIDE, **FEW},
+    "distilbert": {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, **FEW},
+    "deberta-v2": {**WIDE, **FEW},
+    "modernbert": {**WIDE, **FEW, "local_attention": 8},
+    "t5": {"d_model": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 8},
+    "bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+             "encoder_attention_heads": 2, "decoder_attention_heads": 2, **FEW},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures(name: str, tmp_path: Path) -> None:
+    """Padding does not change scores, tokens add up, what is too long is cut to what the positions allow, and it can be saved."""
+    config = Model(config={"model_type": name, **OTHERS[name]}, vocab_size=300, device="cpu")
+    model = reward_model.build(config, Reading(), 0, WORDS + ANSWERS)
+    assert model.kind == ("causal" if name in ("gpt2", "mistral") else "seq2seq" if name in ("t5", "bart") else "encoder")
+    scores = model.score(rows())
+    torch.testing.assert_close(torch.cat([model.score([row]) for row in rows()]), scores, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.token_scores(model.responses(rows())).sum(1), scores, atol=1e-5, rtol=1e-5)
     long = {"id": 0, "prompt": "a long prompt " * 30, "response": "ein langer Text " * 30}
     assert model.score([long]).isfinite().all()
+    model.save(tmp_path)
+    torch.testing.assert_close(reward_model.load(str(tmp_path), "cpu").score(rows()), scores, atol=1e-6, rtol=1e-6)
 
 
 def test_a_chat_is_read_through_the_template_of_the_tokenizer() -> None:
