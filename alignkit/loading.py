@@ -32,7 +32,13 @@ def kind_of(config: Any) -> str:
 
 
 def read(
-    cfg: Model, seed: int, texts: list[str], checkpoint: Path | None, auto: Auto, task: Callable[[Any], str | None]
+    cfg: Model,
+    seed: int,
+    texts: list[str],
+    checkpoint: Path | None,
+    auto: Auto,
+    task: Callable[[Any], str | None],
+    prepare: Callable[[Any, Any], object] = lambda model, tokenizer: None,
 ) -> tuple[Any, Any, torch.dtype]:
     """(model in evaluation mode, tokenizer, precision to compute in) as ``cfg`` describes them.
 
@@ -40,6 +46,7 @@ def read(
         texts: what a tokenizer is trained on, where the model is built from scratch.
         checkpoint: folder of the weights with which a run goes on.
         task: a model's configuration → peft's name of the task, for adapters.
+        prepare: what is done to model and tokenizer before adapters are put on.
 
     Raises:
         UserError: no such model, a folder without weights, a model of another kind, a device that is not there.
@@ -63,6 +70,7 @@ def read(
         model = model.to(dtype)
     else:
         raise UserError("model: give model.path (an id, a folder, a run) or model.config (built from scratch).")
+    prepare(model, tokenizer)
     if cfg.compute == "bfloat16" and device == "cpu" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("sdpa_float32")
     if cfg.gradient_checkpointing:

@@ -86,6 +86,7 @@ class RewardModel(Reader):
         self.mean, self.std = 0.0, 1.0  # of the scores, taken off and divided by
         self.examples: list[Row] = []  # responses that set mean and std, and the self-test, when it is exported
         self.test: list[dict[str, Any]] = []  # of a loaded one: responses and the scores that they must have
+        self.tested = str(compute)  # precision of these scores
 
     @property
     def scalar(self) -> bool:
@@ -324,11 +325,13 @@ class RewardModel(Reader):
         else the backbone and ``head.safetensors``; with adapters, these and the head."""
         path.mkdir(parents=True, exist_ok=True)
         backbone, head = self.model.backbone, self.model.head
-        plain = None if hasattr(backbone, "peft_config") else self._plain()
+        adapted = hasattr(backbone, "peft_config")
+        plain = None if adapted else self._plain()
         if plain is not None:
             plain.save_pretrained(path)
         else:
-            backbone.save_pretrained(path)
+            # the row of a new padding token is drawn from the seed again
+            backbone.save_pretrained(path, **({"save_embedding_layers": False} if adapted else {}))
             save_file({k: v.contiguous() for k, v in head.state_dict().items()}, path / "head.safetensors")
         self.tokenizer.save_pretrained(path)
         settings = {
@@ -337,6 +340,7 @@ class RewardModel(Reader):
             "mean": self.mean,
             "std": self.std,
             "test": self.test,
+            "tested": self.tested,
         }
         (path / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -379,7 +383,7 @@ class RewardModel(Reader):
             self.mean, self.std = 0.0, 1.0
             raw = self.score(self.examples)
             self.mean, self.std = float(raw.mean()), (float(raw.std()) if len(raw) > 1 else 0.0) or 1.0
-            scores = self.score(self.examples[:8])
+            scores, self.tested = self.score(self.examples[:8]), str(self.compute)
             self.test = [
                 {"prompt": row["prompt"], "response": row["response"], "score": float(s)}
                 for row, s in zip(self.examples, scores, strict=False)
@@ -397,7 +401,7 @@ class RewardModel(Reader):
         wanted = torch.tensor([one["score"] for one in self.test])
         found = self.score([{"id": i, **one} for i, one in enumerate(self.test)])
         apart = float((found - wanted).abs().max())
-        if apart > (0.1 if self.compute != torch.float32 else 1e-2):
+        if apart > (1e-2 if {self.tested, str(self.compute)} == {"torch.float32"} else 0.1):
             raise UserError(
                 f"the reward model does not score as it did when it was saved: {apart:.3g} deviations apart on its own "
                 f"examples. Look at its tokenizer, at dtype and at the version of transformers."
@@ -414,9 +418,14 @@ def build(cfg: Model, reading: Reading, seed: int, texts: list[str], checkpoint:
 
     A path may be a policy, an encoder or a reward model; of the last one the head is taken over where it fits.
     """
-    backbone, tokenizer, compute = read(cfg, seed, texts, checkpoint, lambda config: AutoModel, lambda config: None)
-    torch.manual_seed(seed)
-    tokenizer = _with_pad(tokenizer, backbone)
+
+    def prepare(backbone: Any, tokenizer: Any) -> None:
+        torch.manual_seed(seed)
+        _pad_apart(tokenizer, backbone)
+
+    backbone, tokenizer, compute = read(
+        cfg, seed, texts, checkpoint, lambda config: AutoModel, lambda config: None, prepare
+    )
     torch.manual_seed(seed)
     head = reading.head.build(_width(backbone.config)).to(backbone.device, getattr(torch, cfg.dtype))
     folder = checkpoint or (_folder(cfg.path, only_cached=True) if cfg.path else None)
@@ -455,6 +464,7 @@ def load(path: str, device: str = "auto", compute: str = "same") -> RewardModel 
         )
     if settings:
         model.mean, model.std, model.test = settings["mean"], settings["std"], settings["test"]
+        model.tested = settings.get("tested", "torch.float32")
     model.model.requires_grad_(False)
     return model
 
@@ -494,11 +504,10 @@ def _width(config: Any) -> int:
     return int(getattr(config, "hidden_size", None) or config.d_model)
 
 
-def _with_pad(tokenizer: Any, backbone: Any) -> Any:
+def _pad_apart(tokenizer: Any, backbone: Any) -> None:
     """A pad token that is not the end-of-sequence token, in which the last token that counts could not be told."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
         if len(tokenizer) > backbone.get_input_embeddings().weight.shape[0]:
             backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         backbone.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer
