@@ -60,7 +60,7 @@ class Comparator:
                 for part in batch.split(budget):
                     logits[part.extra["row"][0::2].cpu() // 2] = self.logits(part).double().cpu()
             p = torch.sigmoid(logits)
-            found.append((p[0::2] + 1 - p[1::2]) / 2)
+            found.append(0.5 + (p[0::2] - p[1::2]) / 2)  # exactly 1/2 where both orders are one
         return torch.cat(found)
 
     def score(self, rows: list[Row], budget: int = 8192) -> Tensor:

@@ -14,7 +14,7 @@ from alignkit import losses, ops, reward_model
 from alignkit.batch import Batch
 from alignkit.config import Model
 from alignkit.data import Row
-from alignkit.errors import need
+from alignkit.errors import UserError, need
 from alignkit.run import Run
 
 KEY = "constraint.similarity"  # under which a row of the data carries the similarity of its responses
@@ -105,12 +105,12 @@ class Constraint:
             if self.encoder
             else OmegaConf.to_object(run.cfg.model)
         )
-        reader = reward_model.build(
-            cfg,  # type: ignore[arg-type]
-            reward_model.Reading(),
-            run.seed,
-            texts,
-        )
+        try:
+            reader = reward_model.build(cfg, reward_model.Reading(), run.seed, texts)  # type: ignore[arg-type]
+        except UserError as e:
+            raise UserError(
+                str(e).replace("model.path", "algo.constraint.encoder") if self.encoder else str(e)
+            ) from None
         found = reader.embed(rows if self.scope == "prompt_response" else [{**row, "prompt": ""} for row in rows])
         cosine = torch.nn.functional.cosine_similarity(found[0::2], found[1::2])
         return ops.angular(cosine) if self.angular else cosine.clamp(min=0)

@@ -167,8 +167,11 @@ def _models(value: Any, path: str) -> Iterator[tuple[str, Path]]:
         return
     for key, item in value.items():
         if key == "model" and str(value.get("_target_", "")).endswith(".Learned"):
-            names = item if isinstance(item, list) else [item]
-            yield from ((f"{path}.model", Path(n).expanduser()) for n in names if Path(n).expanduser().is_dir())
+            several = isinstance(item, list)
+            for i, name in enumerate(item if several else [item]):
+                folder = Path(str(name)).expanduser()
+                if folder.is_dir():
+                    yield f"{path}.model[{i}]" if several else f"{path}.model", folder
         yield from _models(item, f"{path}.{key}")
 
 

@@ -27,11 +27,18 @@ def kind_of(config: Any) -> str:
     """``seq2seq``, ``encoder`` (bidirectional) or ``causal``, of a model's configuration."""
     if config.is_encoder_decoder:
         return "seq2seq"
-    return "encoder" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder else "causal"
+    decodes = getattr(config, "is_decoder", False)  # many encoders do not have the setting
+    return "encoder" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes else "causal"
 
 
 def read(
-    cfg: Model, seed: int, texts: list[str], checkpoint: Path | None, auto: Auto, task: Callable[[Any], str | None]
+    cfg: Model,
+    seed: int,
+    texts: list[str],
+    checkpoint: Path | None,
+    auto: Auto,
+    task: Callable[[Any], str | None],
+    prepare: Callable[[Any, Any], object] = lambda model, tokenizer: None,
 ) -> tuple[Any, Any, torch.dtype]:
     """(model in evaluation mode, tokenizer, precision to compute in) as ``cfg`` describes them.
 
@@ -39,6 +46,7 @@ def read(
         texts: what a tokenizer is trained on, where the model is built from scratch.
         checkpoint: folder of the weights with which a run goes on.
         task: a model's configuration → peft's name of the task, for adapters.
+        prepare: what is done to model and tokenizer before adapters are put on.
 
     Raises:
         UserError: no such model, a folder without weights, a model of another kind, a device that is not there.
@@ -62,6 +70,7 @@ def read(
         model = model.to(dtype)
     else:
         raise UserError("model: give model.path (an id, a folder, a run) or model.config (built from scratch).")
+    prepare(model, tokenizer)
     if cfg.compute == "bfloat16" and device == "cpu" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("sdpa_float32")
     if cfg.gradient_checkpointing:
@@ -94,7 +103,7 @@ def resolve(path: str) -> str:
         return path  # a hub id
     if (folder / "final").is_dir():
         folder = folder / "final"
-    elif not (folder / "config.json").exists():
+    elif not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         saved = sorted(
             (p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()),
             key=lambda p: int(p.name.rpartition("-")[2]),

@@ -15,6 +15,16 @@ from alignkit.errors import UserError
 from alignkit.loading import kind_of
 
 T = TypeVar("T")
+FROM_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "roberta-prelayernorm",
+    "xmod",
+    "data2vec-text",
+    "mpnet",
+)
 
 
 class Reader:
@@ -46,7 +56,9 @@ class Reader:
             self.model.config, "n_positions", None
         )
         relative = self.model.config.model_type in ("t5", "mt5", "umt5", "longt5")
-        return 10**9 if relative or not limit else int(limit)
+        # RoBERTa and its kin count positions from the one after the padding token's id, which MPNet takes for 1
+        offset = max(self.model.config.pad_token_id, 1) + 1 if self.model.config.model_type in FROM_PADDING else 0
+        return 10**9 if relative or not limit else int(limit) - offset
 
     def encode_prompts(self, rows: list[Row]) -> list[list[int]]:
         """``prompt_ids``, within the model's positions.

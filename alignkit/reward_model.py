@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -85,6 +86,7 @@ class RewardModel(Reader):
         self.mean, self.std = 0.0, 1.0  # of the scores, taken off and divided by
         self.examples: list[Row] = []  # responses that set mean and std, and the self-test, when it is exported
         self.test: list[dict[str, Any]] = []  # of a loaded one: responses and the scores that they must have
+        self.tested = str(compute)  # precision of these scores
 
     @property
     def scalar(self) -> bool:
@@ -138,32 +140,35 @@ class RewardModel(Reader):
         """(B, T) float32 a token, for responses in this model's own tokens; a row's sum is its score.
 
         With ``pooling=all`` what the head gives to each token; else by how much each token changes what the score would be
-        if the response ended there. ``mean`` gives each token its share.
+        if the response ended there. ``mean`` gives each token its share, ``pattern`` the last token all.
 
         Raises:
             UserError: the tokens are another tokenizer's.
         """
         ids = [one[:n].tolist() for one, n in zip(batch.response_ids, batch.lengths.tolist(), strict=True)]
-        own = self._batch_of(ids, batch.rows, batch.responses)
         if (
             max(max(one) for one in ids) >= len(self.tokenizer)
-            or self.decode_text(own.response_ids, own.mask) != batch.responses
+            or self.decode_text(batch.response_ids, batch.mask) != batch.responses
         ):
             raise UserError(
                 "token-level rewards need a reward model with the policy's own tokenizer; this one reads other tokens. "
                 "Take reward.per=response, which goes by the text."
             )
+        own = self._batch_of(ids, batch.rows, batch.responses)
         own = own.with_(extra={"row": torch.arange(len(own), device=own.mask.device)})
-        found = torch.zeros(own.mask.shape, device=own.mask.device)
+        found = torch.zeros(batch.mask.shape, device=own.mask.device)
         with self._evaluating():
             for part in own.split(budget):
-                tokens = self.head.scores(self.outputs(part, tokens=True)[1].float())
-                found[part.extra["row"], : tokens.shape[1]] = self._shares(tokens, part)
-        return found * own.mask
+                z, tokens = self.outputs(part, tokens=True)
+                shares = self._shares(self.head.scores(z), self.head.scores(tokens.float()), part)
+                found[part.extra["row"], : tokens.shape[1]] = shares * part.mask
+        return found
 
-    def _shares(self, tokens: Tensor, part: Batch) -> Tensor:
-        """Scores (B, T) at every token → what each token adds to the normalised score of the response."""
+    def _shares(self, scores: Tensor, tokens: Tensor, part: Batch) -> Tensor:
+        """Scores (B,) of responses and (B, T) at every token → what each token adds to the normalised score."""
         last = ops.last_token(part.mask)
+        if self.reading.pooling == "pattern":
+            return last * ((scores - self.mean) / self.std)[:, None]
         if self.reading.pooling == "all":
             return (tokens - self.mean * last) / self.std
         if self.reading.pooling == "mean":
@@ -320,11 +325,13 @@ class RewardModel(Reader):
         else the backbone and ``head.safetensors``; with adapters, these and the head."""
         path.mkdir(parents=True, exist_ok=True)
         backbone, head = self.model.backbone, self.model.head
-        plain = None if hasattr(backbone, "peft_config") else self._plain()
+        adapted = hasattr(backbone, "peft_config")
+        plain = None if adapted else self._plain()
         if plain is not None:
             plain.save_pretrained(path)
         else:
-            backbone.save_pretrained(path)
+            # the row of a new padding token is drawn from the seed again
+            backbone.save_pretrained(path, **({"save_embedding_layers": False} if adapted else {}))
             save_file({k: v.contiguous() for k, v in head.state_dict().items()}, path / "head.safetensors")
         self.tokenizer.save_pretrained(path)
         settings = {
@@ -333,6 +340,7 @@ class RewardModel(Reader):
             "mean": self.mean,
             "std": self.std,
             "test": self.test,
+            "tested": self.tested,
         }
         (path / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -374,8 +382,8 @@ class RewardModel(Reader):
         if self.examples:
             self.mean, self.std = 0.0, 1.0
             raw = self.score(self.examples)
-            self.mean, self.std = float(raw.mean()), float(raw.std()) or 1.0
-            scores = self.score(self.examples[:8])
+            self.mean, self.std = float(raw.mean()), (float(raw.std()) if len(raw) > 1 else 0.0) or 1.0
+            scores, self.tested = self.score(self.examples[:8]), str(self.compute)
             self.test = [
                 {"prompt": row["prompt"], "response": row["response"], "score": float(s)}
                 for row, s in zip(self.examples, scores, strict=False)
@@ -393,7 +401,7 @@ class RewardModel(Reader):
         wanted = torch.tensor([one["score"] for one in self.test])
         found = self.score([{"id": i, **one} for i, one in enumerate(self.test)])
         apart = float((found - wanted).abs().max())
-        if apart > (0.1 if self.compute != torch.float32 else 1e-2):
+        if apart > (1e-2 if {self.tested, str(self.compute)} == {"torch.float32"} else 0.1):
             raise UserError(
                 f"the reward model does not score as it did when it was saved: {apart:.3g} deviations apart on its own "
                 f"examples. Look at its tokenizer, at dtype and at the version of transformers."
@@ -410,13 +418,19 @@ def build(cfg: Model, reading: Reading, seed: int, texts: list[str], checkpoint:
 
     A path may be a policy, an encoder or a reward model; of the last one the head is taken over where it fits.
     """
-    backbone, tokenizer, compute = read(cfg, seed, texts, checkpoint, lambda config: AutoModel, lambda config: None)
-    tokenizer = _with_pad(tokenizer, backbone)
+
+    def prepare(backbone: Any, tokenizer: Any) -> None:
+        torch.manual_seed(seed)
+        _pad_apart(tokenizer, backbone)
+
+    backbone, tokenizer, compute = read(
+        cfg, seed, texts, checkpoint, lambda config: AutoModel, lambda config: None, prepare
+    )
     torch.manual_seed(seed)
     head = reading.head.build(_width(backbone.config)).to(backbone.device, getattr(torch, cfg.dtype))
-    folder = checkpoint or (Path(p) if cfg.path and (p := resolve(cfg.path)) and Path(p).is_dir() else None)
+    folder = checkpoint or (_folder(cfg.path, only_cached=True) if cfg.path else None)
     weights = _head_weights(folder) if folder else {}
-    if {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in head.state_dict().items()}:
+    if _shapes(weights) == _shapes(head.state_dict()):
         head.load_state_dict(weights)
     model = RewardModel(Scorer(backbone, head).eval(), tokenizer, compute, reading)
     if reading.pooling == "pattern" and not reading.pattern:
@@ -430,21 +444,49 @@ def load(path: str, device: str = "auto", compute: str = "same") -> RewardModel 
     Raises:
         UserError: no such model, or one that is no reward model.
     """
-    folder = Path(resolve(path))
+    folder = _folder(path)
     file = folder / SETTINGS
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if settings is None and folder.is_dir() and not _head_weights(folder):
+    weights = _head_weights(folder)
+    if settings is None and not weights:
         raise UserError(
             f"{path} is no reward model: {folder} has neither {SETTINGS} nor a head `score`. Train one with +algo=bt."
         )
-    cfg = Model(path=path, device=device, compute=compute)
+    cfg = Model(path=str(folder), device=device, compute=compute)
     if settings and settings["kind"] == "comparator":
         return Comparator(policy.load(cfg, 0), *(settings[k] for k in ("template", "yes", "no")))
     model = build(cfg, Reading.from_json(settings["reading"]) if settings else Reading(), 0, [])
+    wanted = _shapes(model.model.head.state_dict())
+    if _shapes(weights) != wanted:
+        raise UserError(
+            f"{path}: the weights of its head, {_shapes(weights) or 'none'}, must be {wanted}, "
+            + (f"as {SETTINGS} says." if settings else "those of a classifier with one label.")
+        )
     if settings:
         model.mean, model.std, model.test = settings["mean"], settings["std"], settings["test"]
+        model.tested = settings.get("tested", "torch.float32")
     model.model.requires_grad_(False)
     return model
+
+
+def _folder(path: str, only_cached: bool = False) -> Path:
+    """The folder of a model: its own, or that in the hub's cache, into which it is loaded unless ``only_cached``."""
+    folder = Path(resolve(path))
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(path, local_files_only=only_cached, ignore_patterns=["*.bin", "*.pt", "*.h5"]))
+    except (OSError, ValueError) as e:
+        if only_cached:  # it lies elsewhere, and was loaded from there
+            return folder
+        raise UserError(
+            f"model.path={path}: cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0]}). Check the id or folder; "
+            f"with HF_HUB_OFFLINE=1 only what lies in the cache is found."
+        ) from None
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(w.shape) for name, w in weights.items()}
 
 
 def _head_weights(folder: Path) -> dict[str, Tensor]:
@@ -462,11 +504,10 @@ def _width(config: Any) -> int:
     return int(getattr(config, "hidden_size", None) or config.d_model)
 
 
-def _with_pad(tokenizer: Any, backbone: Any) -> Any:
+def _pad_apart(tokenizer: Any, backbone: Any) -> None:
     """A pad token that is not the end-of-sequence token, in which the last token that counts could not be told."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
         if len(tokenizer) > backbone.get_input_embeddings().weight.shape[0]:
             backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         backbone.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,9 @@ from alignkit import losses
 from alignkit.algos._pref import right
 from alignkit.algos._rm import RM
 from alignkit.batch import Batch, Loss
+from alignkit.data import Row
 from alignkit.errors import UserError, need
+from alignkit.run import Run
 
 
 @dataclass(kw_only=True)
@@ -33,6 +36,10 @@ class BT(RM):
     def __post_init__(self) -> None:
         super().__post_init__()
         need(self, "temperature > 0", "smoothing >= 0", "smoothing < 0.5", "centring >= 0")
+
+    def survey(self, model: Any, rows: list[Row], run: Run, texts: list[str]) -> None:
+        for row in rows:
+            self._margin(row)
 
     def loss(self, model: Any, batch: Batch) -> Loss:
         z = model.outputs(batch)[0]
@@ -56,11 +63,11 @@ class BT(RM):
         pair = losses.logistic(margins, self.smoothing)
         return m * pair if self.margin == "scale" else pair
 
-    def _margin(self, row: dict[str, Any]) -> float:
+    def _margin(self, row: Row) -> float:
         if self.margin == "none":
             return 0.0
         found = row.get(self.margin_column)
-        if isinstance(found, bool) or not isinstance(found, int | float):
+        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
             raise UserError(
                 f"row {row['id']}: column '{self.margin_column}' must be a number for algo.margin={self.margin}, is {found!r}. "
                 f"Set algo.margin_column."

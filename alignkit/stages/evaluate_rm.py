@@ -65,7 +65,7 @@ class HeldOutRewards:
         path.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), encoding="utf-8")
         tables = {split: self._tables(stats, entries, whole, self.cfg.bootstrap)}
         earlier = self.run.dir / "outputs-before.jsonl"
-        if name == "after" and earlier.exists() and self.cfg.bootstrap:
+        if name == "after" and earlier.exists() and self.cfg.bootstrap and stats.stats:
             old = [json.loads(x) for x in earlier.read_text(encoding="utf-8").split("\n") if x]
             tables["difference"] = metrics.difference(self._stats(old), stats, self.cfg.bootstrap)
         return tables
@@ -159,19 +159,12 @@ class HeldOutRewards:
             return metrics.pairs([e["margin"] for e in entries], lengths, sections)
         if "candidates" in entries[0]:
             return metrics.Sentences(metrics.per_prompt([list_metrics(e["golden"], e["scores"]) for e in entries]))
-        errors = [
-            float(
-                np.mean(
-                    [
-                        (e["predicted"][k] - v) ** 2
-                        for k, v in e["ratings"].items()
-                        if v is not None and k in e["predicted"]
-                    ]
-                )
-            )
+        squares = [
+            [(e["predicted"][k] - v) ** 2 for k, v in e["ratings"].items() if v is not None and k in e["predicted"]]
             for e in entries
         ]
-        return metrics.sentences([""] * len(entries), [[]] * len(entries), {"error": errors})
+        errors = [float(np.mean(one)) for one in squares if one]  # of the rows that have a rating
+        return metrics.sentences([""] * len(errors), [[]] * len(errors), {"error": errors} if errors else {})
 
 
 def list_metrics(golden: list[float], scores: list[float]) -> dict[str, float]:

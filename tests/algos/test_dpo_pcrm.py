@@ -28,7 +28,7 @@ def prepared(algo: DPOPCRM, logprobs: torch.Tensor, ref: torch.Tensor, ids: torc
     group = torch.arange(len(flat)) // 2
     batch = Batch(one, one.bool(), flat, mask.flatten(0, 1), group, rows, ["y"] * len(flat))
     ceiling = algo.whole(None, batch, torch.Generator()).extra["ceiling"]
-    return Pairs(logprobs, ref, ids, mask, {"ceiling": ceiling.view(-1, 2)})
+    return Pairs(logprobs, ref, ids, mask, extra={"ceiling": ceiling.view(-1, 2)})
 
 
 def dpo_pcrm(**constraint: object) -> DPOPCRM:
