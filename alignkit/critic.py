@@ -32,7 +32,9 @@ class Critic:
     low: float = -0.5
     high: float = 1.5
     ratio: float = 0.75  # hl_gauss: deviation of the Gaussian, in bins
-    path: str | None = None  # reward model of the policy's own architecture that the critic begins as; null: begins at 0
+    path: str | None = (
+        None  # reward model of the policy's own architecture that the critic begins as; null: begins at 0
+    )
 
     def __post_init__(self) -> None:
         need(self, "lr >= 0", "weight >= 0", "clip > 0", "bins >= 2", "ratio > 0", where="critic.")

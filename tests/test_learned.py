@@ -248,7 +248,8 @@ def test_a_stopped_run_ends_where_an_unbroken_one_does_and_has_seen_the_same(
     if more:
         for step in (3, 4):
             seen, same = (
-                json.loads((d / f"checkpoint-{step}" / "state" / "run.json").read_text())["algo"]["seen"] for d in (run, other)
+                json.loads((d / f"checkpoint-{step}" / "state" / "run.json").read_text())["algo"]["seen"]
+                for d in (run, other)
             )
             scores = [s["score"] for s in lines(run / "samples.jsonl") if s["step"] <= step]
             assert seen == same and seen[0] == len(scores) == 8 * step
