@@ -75,6 +75,8 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
         lines = [f"{name}  ({group}" + (f", stage {content['stage']})" if content.get("stage") else ")"), ""]
         if target is None:
             lines += [path.read_text(encoding="utf-8").rstrip(), *(_memory(content) if group == "preset" else [])]
+            if "_target_" in content:
+                lines += ["", doc_of(content["_target_"]), "", f"settings ({group}.NAME=VALUE):", *_lines(content)]
         else:
             lines += [doc_of(target), "", "settings (algo.NAME=VALUE):"]
             lines += _lines(content["algo"])
