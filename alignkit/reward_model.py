@@ -132,8 +132,13 @@ class RewardModel(Reader):
 
     def rank(self, row: Row, responses: list[str], budget: int = 8192) -> list[int]:
         """Indices of the responses to a row's prompt, the best first; equal ones in their order."""
-        scores = self.score([{**row, "response": text} for text in responses], budget)
-        return torch.sort(scores, descending=True, stable=True).indices.tolist()
+        texts = list(dict.fromkeys(responses))  # the same text twice could differ by rounding
+        scores = dict(
+            zip(texts, self.score([{**row, "response": text} for text in texts], budget).tolist(), strict=True)
+        )
+        return torch.sort(
+            torch.tensor([scores[text] for text in responses]), descending=True, stable=True
+        ).indices.tolist()
 
     @torch.no_grad()
     def token_scores(self, batch: Batch, budget: int = 8192) -> Tensor:
@@ -252,7 +257,7 @@ class RewardModel(Reader):
     # ---- texts ---------------------------------------------------------------------------------------------------
 
     def responses(self, rows: list[Row]) -> Batch:
-        """Rows with a ``response``, one group each."""
+        """Rows with a ``response``; neighbours with one prompt are a group."""
         return self._batch_of(
             self.encode_responses([row["response"] for row in rows]), rows, [row["response"] for row in rows]
         )
@@ -260,7 +265,8 @@ class RewardModel(Reader):
     def pairs(self, rows: list[Row]) -> Batch:  # type: ignore[override]
         """Rows with ``chosen`` and ``rejected``: two rows a group, the chosen one first."""
         batch = self.responses(both_sides(rows))
-        return batch.with_(group=batch.group // 2, rows=[row for row in rows for _ in range(2)])
+        group = torch.arange(len(rows), device=self.device).repeat_interleave(2)
+        return batch.with_(group=group, rows=[row for row in rows for _ in range(2)])
 
     def too_long(self, rows: list[Row]) -> int:
         """How many of these rows' responses do not fit with their prompts, so that something is cut."""
@@ -270,7 +276,8 @@ class RewardModel(Reader):
 
     def prompt_ids(self, rows: list[Row]) -> list[list[int]]:
         texts = [
-            p if not isinstance(p := row["prompt"], str) else self.reading.template.format(prompt=p) for row in rows
+            p if not isinstance(p := row["prompt"], str) else self.reading.template.replace("{prompt}", p)
+            for row in rows
         ]
         return super().prompt_ids([{**row, "prompt": text} for row, text in zip(rows, texts, strict=True)])
 
@@ -294,7 +301,8 @@ class RewardModel(Reader):
         fitted = [self._fit(p, r) for p, r in zip(self.prompt_ids(rows), responses, strict=True)]
         prompt_ids, prompt_mask = self._pad([p for p, _ in fitted], "right" if self.kind == "seq2seq" else "left")
         ids, mask = self._pad([r for _, r in fitted], "right")
-        group = torch.arange(len(rows), device=self.device)
+        new = [i == 0 or row["prompt"] != rows[i - 1]["prompt"] for i, row in enumerate(rows)]
+        group = torch.tensor(new, device=self.device).long().cumsum(0)
         return Batch(prompt_ids, prompt_mask, ids, mask, group, rows, texts)
 
     def _raw(self, rows: list[Row], budget: int) -> Tensor:

@@ -153,12 +153,8 @@ def main() -> None:
     print("\n| reward model | " + " | ".join(rms["bt"][0]) + " |\n" + "|---" * (len(rms["bt"][0]) + 1) + "|")
     for arm, found in rms.items():
         print(f"| {arm} | " + " | ".join(interval([one[k] for one in found]) for k in found[0]) + " |")
-    keys = ("KL", "gold", "gold at KL", "BLEU")
-    print(
-        f"\n| reward model | scores | KL | true reward | true reward at KL {MATCHED:g} | test BLEU |\n"
-        + "|---" * 6
-        + "|"
-    )
+    keys = ("KL", "gold", "gold at KL")
+    print(f"\n| reward model | scores | KL | gain in true reward | gain at KL {MATCHED:g} |\n" + "|---" * 5 + "|")
     for (arm, control), found in rows.items():
         print(f"| {arm} | {control} | " + " | ".join(interval([one[k] for one in found]) for k in keys) + " |")
 
