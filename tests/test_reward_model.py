@@ -614,6 +614,8 @@ def test_a_comparator_saved_and_loaded(comparator: Comparator, tmp_path: Path) -
     loaded.check()
     with pytest.raises(UserError, match=r"no rewards of tokens.*reward\.per=response"):
         loaded.token_scores(loaded.policy.demonstrations(data))
+    with pytest.raises(UserError, match="comparing reward model gives no ratings"):
+        loaded.ratings(data)
 
 
 def test_words_that_begin_alike_are_told_apart_and_equal_ones_refused(policy) -> None:

@@ -398,6 +398,13 @@ def test_texts_that_are_cut_are_counted(tmp_path: Path, capsys: pytest.CaptureFi
     assert "warning: 1 training responses do not fit into 48 tokens with their prompts" in said
 
 
+def test_a_comparison_that_does_not_fit_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    words = own(tmp_path, *TEXTS * 20, {"chosen": "".join(map(chr, range(34, 124)))}, name="pairwise_rm", kind="causal")
+    with pytest.raises(UserError, match=r"the prompt of row 120 has \d+ tokens; the model takes 128"):
+        train(tmp_path / "runs", *words, "model.config.max_position_embeddings=128", "data.limit=200")
+    assert not list(tmp_path.glob("runs/*/metrics.jsonl"))
+
+
 def test_margins_that_are_missing_are_refused_before_the_first_step(tmp_path: Path) -> None:
     rows = [{**row, "margin": 1.0} for row in TEXTS]
     words = [*own(tmp_path, *rows, {}), "algo.margin=subtract"]
