@@ -463,7 +463,9 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
     """Padding does not change scores, tokens add up, what is too long is cut to what the positions allow, and it can be saved."""
     config = Model(config={"model_type": name, **OTHERS[name]}, vocab_size=300, device="cpu")
     model = reward_model.build(config, Reading(), 0, WORDS + ANSWERS)
-    assert model.kind == ("causal" if name in ("gpt2", "mistral") else "seq2seq" if name in ("t5", "bart") else "encoder")
+    assert model.kind == (
+        "causal" if name in ("gpt2", "mistral") else "seq2seq" if name in ("t5", "bart") else "encoder"
+    )
     scores = model.score(rows())
     torch.testing.assert_close(torch.cat([model.score([row]) for row in rows()]), scores, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.token_scores(model.responses(rows())).sum(1), scores, atol=1e-5, rtol=1e-5)

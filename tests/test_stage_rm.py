@@ -169,7 +169,13 @@ def start(folder: Path, pad: str = "<pad>") -> str:
 def test_where_padding_is_the_end_token_a_run_resumes_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:
-    words = [*own(tmp_path, *TEXTS), "model=hf", f"model.path={start(tmp_path / 'start', '</s>')}", "run.save_every=1", *more]
+    words = [
+        *own(tmp_path, *TEXTS),
+        "model=hf",
+        f"model.path={start(tmp_path / 'start', '</s>')}",
+        "run.save_every=1",
+        *more,
+    ]
     words = [word for word in words if not word.startswith(("model.config", "model.vocab", "model=tiny"))]
     whole, run = train(tmp_path / "whole", *words)
     with monkeypatch.context() as patch:
@@ -186,7 +192,9 @@ def test_where_padding_is_the_end_token_a_run_resumes_too(
 def test_trained_in_bfloat16_it_is_a_reward_in_float32(tmp_path: Path, more: str) -> None:
     """Its scores are then a little others: no reason to refuse it."""
     words = [*own(tmp_path, *TEXTS), "model=hf", f"model.path={start(tmp_path / 'start')}", more]
-    _, run = train(tmp_path / "runs", *[w for w in words if not w.startswith(("model.config", "model.vocab", "model=tiny"))])
+    _, run = train(
+        tmp_path / "runs", *[w for w in words if not w.startswith(("model.config", "model.vocab", "model=tiny"))]
+    )
     model = reward_model.load(str(run), "cpu")
     assert model.tested == "torch.bfloat16"  # type: ignore[union-attr]
     model.check()
