@@ -74,7 +74,9 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
         plus = "+" if group in ("algo", "preset") else ""
         lines = [f"{name}  ({group}" + (f", stage {content['stage']})" if content.get("stage") else ")"), ""]
         if target is None:
-            lines += [path.read_text(encoding="utf-8").rstrip()]
+            lines += [path.read_text(encoding="utf-8").rstrip(), *(_memory(content) if group == "preset" else [])]
+            if "_target_" in content:
+                lines += ["", doc_of(content["_target_"]), "", f"settings ({group}.NAME=VALUE):", *_lines(content)]
         else:
             lines += [doc_of(target), "", "settings (algo.NAME=VALUE):"]
             lines += _lines(content["algo"])
@@ -90,7 +92,7 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
             example = "alignkit evaluate RUN_OR_MODEL"
         if content.get("stage") == "evaluate_rm":  # what `alignkit evaluate RUN` does with a reward model
             example = "alignkit train +algo=evaluate_rm model.path=RUN data=polite"
-        example += "".join(f" {key}=VALUE" for key in _left_open(group, name, extra))
+        example += "".join(f" {key}=VALUE" for key in _left_open(group, path, extra))
         return "\n".join([*lines, "", f"example: {example}"])
     every = [n for group in ("algo", "preset", "model", "data", "reward") for n in options(group, extra)]
     raise UserError(
@@ -110,6 +112,23 @@ def _lines(given: dict[str, Any], prefix: str = "") -> list[str]:
         left = f"  {prefix}{setting.name}: {setting.type} = {default}"
         lines.append(f"{left:<46} {setting.comment}".rstrip())
     return lines
+
+
+def _memory(content: dict[str, Any]) -> list[str]:
+    """What a preset's training keeps in memory, by the size in its model's name: an estimate without activations."""
+    model = content.get("model") or {}
+    size = re.search(r"(\d+(?:\.\d+)?)b\b", str(model.get("path", "")).lower())
+    if size is None:
+        return []
+    billions, width = float(size[1]), 2 if model.get("dtype", "float32") != "float32" else 4
+    trained = 4 * width * billions  # weights, gradients and both moments
+    stage = (content.get("stage"), content.get("name", ""))
+    more = {"a critic as large": trained, "the start model": width * billions} if "ppo" in stage[1] else {}
+    what = f"weights, gradients and AdamW's moments of {billions:g}B parameters, {width} bytes each"
+    return [
+        "",
+        f"memory: about {trained + sum(more.values()):.0f} GB for {', '.join([what, *more])}; activations come on top.",
+    ]
 
 
 def _settings() -> str:
@@ -190,14 +209,25 @@ def _tuple(version: str) -> tuple[int, ...]:
     return tuple(int(x) for x in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
-def _left_open(group: str, name: str, extra: list[Path]) -> list[str]:
+def _left_open(group: str, path: Path, extra: list[Path]) -> list[str]:
     """Keys that an option, or one that it chooses, leaves to the user."""
-    content = read(options(group, extra)[name])
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     found = [f"{group}.{key}" for key, value in content.items() if value == "???"]
     for entry in content.get("defaults", []):
+        if isinstance(entry, str) and entry.startswith("_") and entry != "_self_":
+            found += _left_open(group, path.with_name(f"{entry}.yaml"), extra)
         for key, choice in entry.items() if isinstance(entry, dict) else ():
-            found += _left_open(key.removeprefix("override ").lstrip("/"), choice, extra)
-    return found
+            chosen = key.removeprefix("override ").lstrip("/")
+            found += _left_open(chosen, options(chosen, extra)[choice], extra)
+    return [key for key in found if _at(content, key) in (None, "???")]
+
+
+def _at(content: dict[str, Any], key: str) -> Any:
+    """The value at a dotted key, None where there is none."""
+    value: Any = content
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _idea(content: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignkit import losses, ops
 from alignkit.batch import Batch
-from alignkit.errors import need
+from alignkit.errors import UserError, need
 
 
 @dataclass(kw_only=True)
@@ -32,23 +32,35 @@ class Critic:
     low: float = -0.5
     high: float = 1.5
     ratio: float = 0.75  # hl_gauss: deviation of the Gaussian, in bins
+    path: str | None = (
+        None  # reward model of the policy's own architecture that the critic begins as; null: begins at 0
+    )
 
     def __post_init__(self) -> None:
         need(self, "lr >= 0", "weight >= 0", "clip > 0", "bins >= 2", "ratio > 0", where="critic.")
         if self.low >= self.high:
             raise ValueError(f"critic.low ({self.low}) must be below critic.high ({self.high})")
+        if self.path is not None and (self.trunk, self.loss) != ("separate", "mse"):
+            raise ValueError("critic.path needs critic.trunk=separate and critic.loss=mse: a reward model is both")
 
     @property
     def edges(self) -> Tensor:
         return torch.linspace(self.low, self.high, self.bins + 1)
 
     def build(self, model: Any) -> ValueModel:
-        """The value model beside a policy's ``model``."""
-        return ValueModel(
+        """The value model beside a policy's ``model``.
+
+        Raises:
+            UserError: ``path`` is no reward model of the same architecture with one score.
+        """
+        value = ValueModel(
             model.get_output_embeddings().weight.shape[1],
             1 if self.loss == "mse" else self.bins,
             copy.deepcopy(model) if self.trunk == "separate" else None,
-        ).to(model.device)
+        )
+        if self.path is not None:
+            value.begin_as(self.path)
+        return value.to(model.device)
 
     def values(self, raw: Tensor) -> Tensor:
         """Outputs (B, T, m) → values (B, T)."""
@@ -72,3 +84,21 @@ class ValueModel(torch.nn.Module):
         self.head = torch.nn.Linear(width, outputs)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
+
+    def begin_as(self, path: str) -> None:
+        """Take over a reward model: before each token, the normalised score that the response so far would have."""
+        from alignkit import reward_model  # which imports policies, and these critics
+
+        found = reward_model.load(path, "cpu")
+        own = self.trunk.base_model
+        theirs: dict[str, Tensor] = found.model.backbone.state_dict() if found.scalar else {}
+        shapes = {name: x.shape for name, x in own.state_dict().items()}
+        if shapes != {name: x.shape for name, x in theirs.items()} or found.model.head.weight.shape[0] != 1:
+            raise UserError(
+                f"critic.path={path}: not a reward model with one score on the policy's own architecture. Train one from the "
+                f"policy's weights: alignkit train +algo=bt model.path=POLICY …"
+            )
+        own.load_state_dict(theirs)
+        with torch.no_grad():
+            self.head.weight.copy_(found.model.head.weight / found.std)
+            self.head.bias.fill_(-found.mean / found.std)

@@ -22,7 +22,7 @@ class Sentences:
 
     def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """(W, N) row weights → metric → (W,) corpus scores."""
-        return {name: _SCORE[name.partition("/")[0]](weights @ stats) for name, stats in self.stats.items()}
+        return {n: _SCORE.get(n.partition("/")[0], _share)(weights @ stats) for n, stats in self.stats.items()}
 
 
 def sentences(
@@ -144,7 +144,7 @@ def _with_count(values: list[float]) -> np.ndarray:
 def _interval(drawn: np.ndarray | None) -> dict[str, float]:
     if drawn is None:
         return {}
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])  # a resample may hold no row of a section
     return {"low": float(low), "high": float(high)}
 
 
@@ -153,24 +153,24 @@ def _sacre(metric: Any, sums: np.ndarray) -> np.ndarray:
     return np.array([metric._compute_score_from_stats(row).score for row in whole])
 
 
+def _share(sums: np.ndarray) -> np.ndarray:
+    """(W, 2) sums and counts → means; not a number where nothing was counted."""
+    return np.divide(sums[:, 0], sums[:, 1], out=np.full(len(sums), np.nan), where=sums[:, 1] > 0)
+
+
+def _macro(sums: np.ndarray) -> np.ndarray:
+    """(W, 2S) sums, then counts of S sections → means over the sections that are there."""
+    values, counts = np.split(sums, 2, axis=1)
+    share = np.divide(values, counts, out=np.zeros_like(values), where=counts > 0)
+    return share.sum(1) / np.maximum((counts > 0).sum(1), 1)
+
+
 _SCORE = {
     "bleu": lambda sums: _sacre(_bleu(), sums),
     "chrf": lambda sums: _sacre(_chrf(), sums),
-    "exact_match": lambda sums: 100 * sums[:, 0] / sums[:, 1],
-    "length_ratio": lambda sums: sums[:, 0] / sums[:, 1],
-    "reward": lambda sums: sums[:, 0] / sums[:, 1],
-    "preference_accuracy": lambda sums: 100 * sums[:, 0] / sums[:, 1],
-    "ties": lambda sums: 100 * sums[:, 0] / sums[:, 1],
-    "margin": lambda sums: sums[:, 0] / sums[:, 1],
-    "nll": lambda sums: sums[:, 0] / sums[:, 1],
     "ece": lambda sums: np.abs(sums[:, :10] - sums[:, 10:20]).sum(1) / sums[:, 20],
-    "longer_wins": lambda sums: 100 * sums[:, 0] / sums[:, 1],
-    "section": lambda sums: 100 * sums[:, 0] / np.maximum(sums[:, 1], 1e-9),
-    "macro": lambda sums: (
-        100 * np.mean(np.split(sums, 2, axis=1)[0] / np.maximum(np.split(sums, 2, axis=1)[1], 1e-9), axis=1)
+    "macro": lambda sums: 100 * _macro(sums),
+    **dict.fromkeys(
+        ("exact_match", "preference_accuracy", "ties", "longer_wins", "section"), lambda sums: 100 * _share(sums)
     ),
-    "list": lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1e-9),
-    "best_of": lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1e-9),
-    "best_of_gold": lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1e-9),
-    "error": lambda sums: sums[:, 0] / sums[:, 1],
-}
+}  # every other one is a mean

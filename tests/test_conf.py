@@ -61,7 +61,11 @@ def completed(words: list[str]) -> DictConfig:
 
 
 def preset_words(name: str) -> list[str]:
-    return [f"+preset={name}", *filled(content("preset", name), "")]
+    """``+preset=NAME`` with what it, or what it stands on, leaves to the user."""
+    return [
+        f"+preset={name}",
+        *(f"{key}=given" for key in sorted(OmegaConf.missing_keys(composed([f"+preset={name}"])))),
+    ]
 
 
 ALGOS, PRESETS = names("algo"), names("preset")

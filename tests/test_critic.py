@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_model, save_model
 
-from alignkit import losses, ops
+from alignkit import losses, ops, reward_model
 from alignkit.algos.ppo import PPO
+from alignkit.config import Model
 from alignkit.critic import Critic
 from alignkit.decode import Decode
+from alignkit.errors import UserError
 
 EDGES = torch.linspace(-1, 1, 9, dtype=torch.float64)  # the card's support: [-1, 1], 8 bins
 SIGMA = 0.1875
@@ -310,3 +312,36 @@ def test_values_in_bfloat16(policy, rows, trunk):
     found.sum().backward()
     body = policy.model if trunk == "shared" else policy.critic.trunk
     assert {p.grad.dtype for p in body.parameters() if p.grad is not None} == {torch.float32}
+
+
+# ---- a reward model as the start -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_a_critic_that_begins_as_a_reward_model_gives_its_scores(tmp_path, build_policy, rows, kind) -> None:
+    """The value before a token is the score that the response so far would have: before the last one, that without it."""
+    policy = build_policy(kind)
+    policy.export(tmp_path / "policy")
+    model = reward_model.build(Model(path=str(tmp_path / "policy"), device="cpu"), reward_model.Reading(), 3, [])
+    model.mean, model.std = 0.25, 2.0
+    model.save(tmp_path / "rm")
+    policy.critic = Critic(path=str(tmp_path / "rm")).build(policy.model)
+    batch = policy.demonstrations(rows(3))
+    with torch.no_grad():
+        values = policy.value_outputs(batch)[..., 0]
+        tokens = model.head.scores(model.outputs(batch, tokens=True)[1])
+    wanted = (tokens - 0.25) / 2
+    for i, n in enumerate(batch.lengths.tolist()):
+        torch.testing.assert_close(values[i, 1:n], wanted[i, : n - 1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_critic_of_another_shape_is_refused(tmp_path, build_policy) -> None:
+    policy = build_policy("causal")
+    policy.export(tmp_path / "policy")
+    model = reward_model.build(Model(path=str(tmp_path / "policy"), device="cpu"), reward_model.Reading(), 3, [])
+    model.save(tmp_path / "rm")
+    other = build_policy("causal", hidden_size=32)
+    with pytest.raises(UserError, match=r"critic\.path=.*on the policy's own architecture"):
+        Critic(path=str(tmp_path / "rm")).build(other.model)
+    with pytest.raises(ValueError, match="trunk=separate"):
+        Critic(path="x", trunk="shared")

@@ -28,10 +28,9 @@ class Fit:
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = 1.0
     micro_tokens: int = 8192  # tokens of a micro-batch: memory and speed; the result only through dropout
-    max_response_tokens: int | None = None  # longer responses are cut
 
     def __post_init__(self) -> None:
-        need(self, "batch_size >= 1", "micro_tokens >= 1", "steps >= 1", "epochs > 0", "max_response_tokens >= 1")
+        need(self, "batch_size >= 1", "micro_tokens >= 1", "steps >= 1", "epochs > 0")
         need_adamw(self)
 
     def survey(self, policy: Any, rows: list[Row], run: Run, texts: list[str]) -> None:

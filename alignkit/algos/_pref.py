@@ -12,7 +12,7 @@ from torch import Tensor
 from alignkit.algos._fit import Fit
 from alignkit.batch import Batch, Loss
 from alignkit.data import Row
-from alignkit.errors import UserError
+from alignkit.errors import UserError, need
 from alignkit.policy import Policy
 
 
@@ -77,7 +77,12 @@ class Pref(Fit):
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "linear"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
+    max_response_tokens: int | None = None  # longer responses are cut
     needs_reference: ClassVar[bool] = True  # whether the loss reads ref_logprobs
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need(self, "max_response_tokens >= 1")
 
     def prepare(self, rows: list[Row], sides: tuple[str, ...]) -> list[Row]:
         """The training rows, once, before a model is loaded: refuse them, warn of them, add what a row's loss needs.

@@ -43,8 +43,6 @@ class RM(Fit):
             raise ValueError(f"template: {self.template!r} must hold {{prompt}} alone ({e})") from None
         if "{prompt" not in self.template:
             raise ValueError(f"template: {self.template!r} must hold {{prompt}}")
-        if self.max_response_tokens is not None:
-            raise ValueError("max_response_tokens: of a reward model, set max_tokens, for prompt and response together")
 
     def build(self, cfg: Model, seed: int, texts: list[str], checkpoint: Path | None) -> Any:
         """The model that is trained."""

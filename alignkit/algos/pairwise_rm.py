@@ -43,8 +43,6 @@ class PairwiseRM(Fit):
         super().__post_init__()
         if not all("{" + name + "}" in self.template for name in ("prompt", "first", "second")):
             raise ValueError(f"template: must hold {{prompt}}, {{first}} and {{second}}, is {self.template!r}")
-        if self.max_response_tokens is not None:
-            raise ValueError("max_response_tokens: comparisons are not cut; leave it out")
 
     def build(self, cfg: Model, seed: int, texts: list[str], checkpoint: Path | None) -> Comparator:
         """The model that is trained."""

@@ -111,16 +111,15 @@ class HeldOutRewards:
         return self._stats(entries), entries, whole
 
     def _measure_ratings(self, model: Any, rows: list[Row]) -> tuple[Any, list[dict[str, Any]], dict[str, float]]:
-        found, scores = model.ratings(rows), model.score(rows).tolist()
+        found = model.ratings(rows)
         entries = [
             {
                 "prompt": row["prompt"],
                 "response": row["response"],
                 "ratings": row["ratings"],
                 "predicted": one,
-                "score": score,
             }
-            for row, one, score in zip(rows, found, scores, strict=True)
+            for row, one in zip(rows, found, strict=True)
         ]
         whole: dict[str, float] = {}
         for name in found[0]:

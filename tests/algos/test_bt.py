@@ -91,7 +91,6 @@ def test_a_margin_that_is_no_number_names_the_row(make_batch, found: Any) -> Non
         ({"smoothing": 0.5}, "smoothing"),
         ({"centring": -1.0}, "centring"),
         ({"max_tokens": 3}, "max_tokens"),
-        ({"max_response_tokens": 9}, "set max_tokens"),
         ({"template": "no place"}, "must hold {prompt}"),
         ({"template": "{prompt} {other}"}, "must hold {prompt} alone"),
     ],

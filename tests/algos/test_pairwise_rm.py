@@ -44,8 +44,3 @@ def test_a_mean_over_pairs() -> None:
 def test_the_template_must_show_all_three(template: str) -> None:
     with pytest.raises(ValueError, match="template: must hold"):
         PairwiseRM(template=template)
-
-
-def test_comparisons_are_not_cut() -> None:
-    with pytest.raises(ValueError, match="comparisons are not cut"):
-        PairwiseRM(max_response_tokens=5)
