@@ -93,6 +93,10 @@ class Comparator:
         """Raises UserError: a verdict is about whole responses."""
         raise UserError("a comparing reward model has no rewards of tokens. Take reward.per=response.")
 
+    def ratings(self, rows: list[Row], budget: int = 8192) -> list[dict[str, float]]:
+        """Raises UserError: it has none."""
+        raise UserError("a comparing reward model gives no ratings. Train one with +algo=rm_regression.")
+
     def check(self) -> None:
         """It has no saved scores to check."""
 

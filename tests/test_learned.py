@@ -272,14 +272,17 @@ def test_running_moments_are_those_of_all_rewards_so_far(make_batch) -> None:
     assert again.scale == algo.scale
 
 
-@pytest.mark.parametrize("how", ["one", "first", "second", "mixed", "run"])
+@pytest.mark.parametrize("how", ["one", "first", "second", "mixed", "run", "begun"])
 def test_a_reward_model_that_was_changed_is_noticed(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
+    inside = {"run": "final", "begun": "checkpoint-12"}.get(how, "")
     for name in "ab":
         model, _ = given(folders, name)
         model.test = []  # or it is noticed even sooner
-        model.save(tmp_path / name / "final" if how == "run" else tmp_path / name)
+        model.save(tmp_path / name / inside)
+    if how == "begun":
+        model.save(tmp_path / "a" / "checkpoint-5")
     words = run_words(folders, "run.save_every=1", f"reward.model={tmp_path}/a")
     if how in ("first", "second"):
         words[-1] = f"reward.model=[{tmp_path}/a,{tmp_path}/b]"
@@ -291,7 +294,7 @@ def test_a_reward_model_that_was_changed_is_noticed(
         stop_after(2, patch)
         with pytest.raises(Stopped):
             train(tmp_path / "runs", *words)
-    folder = tmp_path / ("b" if how == "second" else "a") / ("final" if how == "run" else "")
+    folder = tmp_path / ("b" if how == "second" else "a") / inside
     weights = load_file(folder / "model.safetensors")
     file = folder / "model.safetensors"
     save_file({**weights, "score.weight": -weights["score.weight"]}, file, metadata={"format": "pt"})

@@ -61,6 +61,14 @@ def test_order_and_micro_batches_do_not_change_scores(model: RewardModel) -> Non
         torch.testing.assert_close(model.compare(data, budget), model.compare(data), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_rows_are_read_in_several_goes(kind: str) -> None:
+    model = model_of(kind)
+    data = [rows()[i % 6] for i in range(1030)]
+    wanted = model.score(rows())
+    torch.testing.assert_close(model.score(data), wanted[torch.arange(1030) % 6], atol=1e-5, rtol=1e-5)
+
+
 def test_comparisons(model: RewardModel) -> None:
     data = rows()
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in data]
@@ -433,6 +441,17 @@ def test_what_does_not_fit_is_cut_and_counted(kind: str, pooling: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pooling", ["last", "eos", "mean", "all"])
+def test_tokens_that_do_not_fit_get_nothing(kind: str, pooling: str) -> None:
+    """The others add up to the score of the response as it is read."""
+    model = new(kind, pooling, max_tokens=14)
+    data = [{"id": i, "prompt": "a", "response": text} for i, text in enumerate(["b", "abcdefghijklmnopqrstuvwxyz"])]
+    found = model.token_scores(new(kind, pooling).responses(data))
+    assert found.shape[1] > 14 and (found[1, 13:] == 0).all() and (found[1, :12] != 0).all()
+    torch.testing.assert_close(found.sum(1), model.score(data), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_longest_that_the_positions_allow(kind: str) -> None:
     model = model_of(kind)
     assert model.limit == 64
@@ -553,6 +572,12 @@ def test_a_comparison_is_the_mean_of_both_orders(comparator: Comparator) -> None
     assert max(wanted) - min(wanted) > 0.01
 
 
+def test_many_comparisons_are_made_in_several_goes(comparator: Comparator) -> None:
+    wanted = comparator.compare(rows())
+    found = comparator.compare([rows()[i % 6] for i in range(520)], 500)
+    torch.testing.assert_close(found, wanted[torch.arange(520) % 6], atol=1e-5, rtol=1e-5)
+
+
 def test_comparisons_turned_round_add_up_to_1_and_equal_ones_are_even(comparator: Comparator) -> None:
     data = rows()
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in data]
@@ -616,6 +641,8 @@ def test_a_comparator_saved_and_loaded(comparator: Comparator, tmp_path: Path) -
     loaded.check()
     with pytest.raises(UserError, match=r"no rewards of tokens.*reward\.per=response"):
         loaded.token_scores(loaded.policy.demonstrations(data))
+    with pytest.raises(UserError, match="comparing reward model gives no ratings"):
+        loaded.ratings(data)
 
 
 def test_words_that_begin_alike_are_told_apart_and_equal_ones_refused(policy) -> None:

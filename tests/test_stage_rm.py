@@ -19,7 +19,7 @@ from test_invariance import _merged
 from test_stage_rl import stop_after
 from transformers import AutoModel, AutoTokenizer
 
-from alignkit import metrics, ops, reward_model
+from alignkit import metrics, ops, policy, reward_model
 from alignkit.algos._rm import RM
 from alignkit.config import check, conf_dir
 from alignkit.errors import Stopped, UserError
@@ -155,6 +155,49 @@ def test_settings_that_draw_or_keep_something_resume_too(
     assert broken["weights_sha256"] == whole["weights_sha256"]
     assert (run / "constraint.json").read_text() == (other / "constraint.json").read_text()
     reward_model.load(str(run), "cpu").check()
+
+
+def start(folder: Path, pad: str = "<pad>") -> str:
+    """The folder of a causal language model whose tokenizer pads with this token."""
+    model = policy.load(cfg("causal"), 0, WORDS + ANSWERS)
+    model.tokenizer.pad_token = pad
+    model.save(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("more", [["model.lora.r=2"], []], ids=["lora", "all"])
+def test_where_padding_is_the_end_token_a_run_resumes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    words = [
+        *own(tmp_path, *TEXTS),
+        "model=hf",
+        f"model.path={start(tmp_path / 'start', '</s>')}",
+        "run.save_every=1",
+        *more,
+    ]
+    words = [word for word in words if not word.startswith(("model.config", "model.vocab", "model=tiny"))]
+    whole, run = train(tmp_path / "whole", *words)
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(Stopped):
+            train(tmp_path / "broken", *words)
+    assert train(tmp_path / "broken", *words)[0]["weights_sha256"] == whole["weights_sha256"]
+    model = reward_model.load(str(run), "cpu")
+    assert isinstance(model, reward_model.RewardModel) and model.pad not in model.eos
+    model.check()
+
+
+@pytest.mark.parametrize("more", ["model.compute=bfloat16", "model.dtype=bfloat16"])
+def test_trained_in_bfloat16_it_is_a_reward_in_float32(tmp_path: Path, more: str) -> None:
+    """Its scores are then a little others: no reason to refuse it."""
+    words = [*own(tmp_path, *TEXTS), "model=hf", f"model.path={start(tmp_path / 'start')}", more]
+    _, run = train(
+        tmp_path / "runs", *[w for w in words if not w.startswith(("model.config", "model.vocab", "model=tiny"))]
+    )
+    model = reward_model.load(str(run), "cpu")
+    assert model.tested == "torch.bfloat16"  # type: ignore[union-attr]
+    model.check()
 
 
 # ---- what it measures --------------------------------------------------------------------------------------------------
@@ -362,6 +405,13 @@ def test_texts_that_are_cut_are_counted(tmp_path: Path, capsys: pytest.CaptureFi
     assert "warning: 1 training responses do not fit into 48 tokens with their prompts" in said
 
 
+def test_a_comparison_that_does_not_fit_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    words = own(tmp_path, *TEXTS * 20, {"chosen": "".join(map(chr, range(34, 124)))}, name="pairwise_rm", kind="causal")
+    with pytest.raises(UserError, match=r"the prompt of row 120 has \d+ tokens; the model takes 128"):
+        train(tmp_path / "runs", *words, "model.config.max_position_embeddings=128", "data.limit=200")
+    assert not list(tmp_path.glob("runs/*/metrics.jsonl"))
+
+
 def test_margins_that_are_missing_are_refused_before_the_first_step(tmp_path: Path) -> None:
     rows = [{**row, "margin": 1.0} for row in TEXTS]
     words = [*own(tmp_path, *rows, {}), "algo.margin=subtract"]
@@ -411,6 +461,16 @@ def test_ratings_that_are_missing(tmp_path: Path) -> None:
     dev = [m for m in lines(run / "metrics.jsonl") if "dev/error" in m]
     assert dev and all(math.isfinite(v) for m in dev for k, v in m.items() if k.startswith("dev/"))
     assert result["best"] is not None
+
+
+def test_an_attribute_that_is_the_same_everywhere_does_not_spoil_the_selection(tmp_path: Path) -> None:
+    """It has no correlation; the mean is over those that have one."""
+    values = [{"help": i / 4, "tone": 1.0} for i in range(6)]
+    head = "algo.head={_target_: alignkit.heads.Attributes, names: [help, tone], weights: [1.0, 0.5]}"
+    result, run = train(tmp_path / "runs", *rated(tmp_path, *values, held_out=values), head)
+    dev = [m for m in lines(run / "metrics.jsonl") if "dev/correlation" in m]
+    assert [m["dev/correlation"] for m in dev] == [m["dev/pearson/help"] for m in dev]
+    assert result["best"]["value"] == max(m["dev/correlation"] for m in dev)
 
 
 def test_one_rated_row_is_enough_to_train(tmp_path: Path) -> None:

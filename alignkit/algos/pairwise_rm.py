@@ -16,6 +16,7 @@ from alignkit.batch import Batch, Loss
 from alignkit.comparator import Comparator
 from alignkit.config import Model
 from alignkit.data import Row
+from alignkit.run import Run
 
 
 @dataclass(kw_only=True)
@@ -46,6 +47,10 @@ class PairwiseRM(Fit):
     def build(self, cfg: Model, seed: int, texts: list[str], checkpoint: Path | None) -> Comparator:
         """The model that is trained."""
         return Comparator(policy.load(cfg, seed, texts, checkpoint), self.template, self.yes, self.no)
+
+    def survey(self, model: Comparator, rows: list[Row], run: Run, texts: list[str]) -> None:
+        for i in range(0, len(rows), 512):  # a comparison that does not fit is refused now
+            model.pairs(rows[i : i + 512])
 
     def batch(self, model: Comparator, rows: list[Row]) -> Batch:
         """What a step learns from: every pair in both orders, before yes and before no."""

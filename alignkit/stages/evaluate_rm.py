@@ -130,7 +130,7 @@ class HeldOutRewards:
                     f"pearson/{name}": float(ranking.pearson(a, b)),
                     f"spearman/{name}": float(ranking.spearman(a, b)),
                 }
-        known = [v for k, v in whole.items() if k.startswith("pearson/")]
+        known = [v for k, v in whole.items() if k.startswith("pearson/") and v == v]  # not where either is constant
         whole["correlation"] = float(np.mean(known)) if known else 0.0
         return self._stats(entries), entries, whole
 
