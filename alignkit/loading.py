@@ -18,6 +18,7 @@ from alignkit.config import Lora, Model
 from alignkit.errors import UserError, suggest
 
 transformers_logging.disable_progress_bar()  # the run has a bar of its own
+transformers_logging.set_verbosity_error()  # weights that are missing or left over are looked at here
 
 BUNDLED = Path(__file__).parent / "assets" / "models"
 Auto = Callable[[Any], Any]  # a model's configuration → the transformers class that builds it

@@ -231,7 +231,8 @@ class RewardModel(Reader):
     def _after_pattern(self, ids: Tensor, batch: Batch) -> Tensor:
         """(B,) where the last occurrence of the pattern ends in each row of ids (B, W)."""
         pattern = torch.tensor(self.reading.pattern, device=ids.device)
-        hits = (ids.unfold(1, len(pattern), 1) == pattern).all(2)
+        wide = torch.nn.functional.pad(ids, (0, max(0, len(pattern) - ids.shape[1])), value=-1)
+        hits = (wide.unfold(1, len(pattern), 1) == pattern).all(2)
         missing = (~hits.any(1)).nonzero().flatten().tolist()
         if missing:
             raise UserError(
@@ -390,7 +391,8 @@ class RewardModel(Reader):
         if self.examples:
             self.mean, self.std = 0.0, 1.0
             raw = self.score(self.examples)
-            self.mean, self.std = float(raw.mean()), (float(raw.std()) if len(raw) > 1 else 0.0) or 1.0
+            deviation = float(raw.std()) if len(raw) > 1 else 0.0
+            self.mean, self.std = float(raw.mean()), deviation if deviation > 1e-4 else 1.0  # equal but for rounding
             scores, self.tested = self.score(self.examples[:8]), str(self.compute)
             self.test = [
                 {"prompt": row["prompt"], "response": row["response"], "score": float(s)}

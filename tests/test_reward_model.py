@@ -84,7 +84,7 @@ def test_comparisons(model: RewardModel) -> None:
 
 def test_rank_is_by_score(model: RewardModel) -> None:
     row, responses = rows()[1], [*ANSWERS, ANSWERS[2]]
-    scores = model.score([{**row, "response": text} for text in responses]).tolist()
+    scores = [round(s, 6) for s in model.score([{**row, "response": text} for text in responses]).tolist()]
     found = model.rank(row, responses)
     assert sorted(found) == list(range(7))
     assert [scores[i] for i in found] == sorted(scores, reverse=True)

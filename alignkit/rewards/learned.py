@@ -17,8 +17,9 @@ from alignkit.errors import UserError, need
 class Learned:
     """What trained reward models give to a response's text: of several the mean, the least, or mean - lam * deviation.
 
-    A model reads with its own tokenizer and template. ``per=token`` spreads the score over the tokens (they add up to it) and
-    needs the policy's tokenizer.
+    A model reads with its own tokenizer and template, and a text ends with its end token. ``per=token`` spreads the score over
+    the policy's own tokens, which must be the model's too (they add up to it; of a response that was cut off, to the score
+    without an end).
     """
 
     model: str | list[str]  # runs of stage rm, folders or hub ids
@@ -26,7 +27,7 @@ class Learned:
     lam: float = 1.0
     per: Literal["response", "token"] = "response"
     standardise: bool = True  # by the mean and deviation of scores that were saved with each model
-    clip: float | None = None  # each score is cut to ± this
+    clip: float | None = None  # each model's score is cut to ± this; with per=token, each token's share
     device: str = "auto"
     compute: Literal["same", "bfloat16"] = "same"
     micro_tokens: int = 8192  # tokens of a forward pass
