@@ -198,7 +198,8 @@ class Audit:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what ``state`` gave."""
-        self._seen, self.alarms, self.over = state["seen"], state["alarms"], state["over"]
+        if state:  # of a run that was begun without an audit there is none
+            self._seen, self.alarms, self.over = state["seen"], state["alarms"], state["over"]
 
     def _alarm(
         self, key: str, name: str, step: int, was: Values, now: Values, seen: dict[str, list[Any]]

@@ -121,10 +121,18 @@ def _memory(content: dict[str, Any]) -> list[str]:
     if size is None:
         return []
     billions, width = float(size[1]), 2 if model.get("dtype", "float32") != "float32" else 4
-    trained = 4 * width * billions  # weights, gradients and both moments
-    stage = (content.get("stage"), content.get("name", ""))
-    more = {"a critic as large": trained, "the start model": width * billions} if "ppo" in stage[1] else {}
-    what = f"weights, gradients and AdamW's moments of {billions:g}B parameters, {width} bytes each"
+    cast = 2 if model.get("compute", "same") == "bfloat16" else 0  # a copy to compute with
+    trained = (4 * width + cast) * billions  # weights, gradients and both moments
+    algo = content.get("algo") or {}
+    more = {
+        "a critic as large": trained if "critic" in algo else 0,
+        "the start model": width * billions if algo.get("kl") or algo.get("beta") else 0,
+        "a reward model as large": 4 * billions if "reward" in content else 0,
+    }
+    more = {name: gb for name, gb in more.items() if gb}
+    what = f"weights, gradients and AdamW's moments of {billions:g}B parameters, {width} bytes each" + (
+        ", and a copy in bfloat16" if cast else ""
+    )
     return [
         "",
         f"memory: about {trained + sum(more.values()):.0f} GB for {', '.join([what, *more])}; activations come on top.",

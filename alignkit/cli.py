@@ -214,8 +214,21 @@ def evaluate_words(words: list[str]) -> list[str]:
         raise UserError(f"evaluate: {model} is not a run, so name the data: data=NAME (see `alignkit list`).")
     plain = re.fullmatch(r"[\w./:@-]+", model)
     quoted = model if plain else "'" + model.replace("'", r"\'") + "'"
-    stage = "evaluate_rm" if any(Path(model).glob("**/reward_model.json")) else "evaluate"
+    stage = "evaluate_rm" if _is_reward_model(Path(model)) else "evaluate"
     return [f"+algo={stage}", f"model.path={quoted}", *given, *rest]
+
+
+def _is_reward_model(folder: Path) -> bool:
+    """Whether a run or model folder holds a reward model, of alignkit or a classifier of transformers."""
+    import json
+
+    inside = [
+        p for p in (folder / "final", folder, *sorted(folder.glob("checkpoint-*"))) if (p / "config.json").is_file()
+    ]
+    if not inside:
+        return False
+    kinds = json.loads((inside[0] / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    return (inside[0] / "reward_model.json").is_file() or any(k.endswith("ForSequenceClassification") for k in kinds)
 
 
 def _data_of(run: Path) -> list[str]:

@@ -24,9 +24,9 @@ KEY = "constraint.similarity"  # under which a row of the data carries the simil
 class Constraint:
     """The ceiling delta* = beta1 / (s + beta2) + beta3 of a pair whose responses have similarity s, and its loss.
 
-    Formulas and constants are the authors' released code; the paper's text was not at hand. Of theirs, ``cosine`` reads
+    Formulas and constants (of ``length_ratio``; for ``cosine`` it has 20, .001, -15) are the authors' released code; the paper's text was not at hand. Of theirs, ``cosine`` reads
     prompt and response together (``scope=prompt_response``), by the first state of a frozen BERT. Ours: an encoder is
-    optional (else the start model's mean states), similarity is of the responses alone, a raw cosine is not below 0, and
+    optional (else the start model is taken: its mean states, of an encoder its first), similarity is of the responses alone, a raw cosine is not below 0, and
     responses that are equal to the model (after a cut) are as alike as can be.
     """
 
@@ -69,11 +69,16 @@ class Constraint:
             pairs: what makes a batch of rows, the chosen response of each before the rejected one.
         """
         if self.kind == "cosine":
+            if self.encoder is None and run.cfg.model.path is None:
+                run.progress.say(
+                    "warning: constraint.kind=cosine compares by the start model, which is built from scratch and knows no "
+                    "meanings. Set algo.constraint.encoder, or model.path."
+                )
             found = run.keep("similarity", lambda: self._cosines(rows, run, texts))
             for row, s in zip(rows, found.tolist(), strict=True):
                 row[KEY] = s
         ceilings = torch.cat(
-            [self._ceilings(pairs(rows[i : i + 512]), run.generator(0, "ceiling")) for i in range(0, len(rows), 512)]
+            [self._ceilings(pairs(rows[i : i + 512]), run.generator(i, "ceiling")) for i in range(0, len(rows), 512)]
         )
         at = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
         quantiles = torch.quantile(ceilings.double().cpu(), torch.tensor(at, dtype=torch.float64)).tolist()

@@ -90,9 +90,18 @@ class ValueModel(torch.nn.Module):
         from alignkit import reward_model  # which imports policies, and these critics
 
         found = reward_model.load(path, "cpu")
+        if hasattr(self.trunk, "peft_config"):
+            raise UserError(
+                "critic.path needs a policy whose weights are all trained: set model.lora.r=0, or leave it out."
+            )
         own = self.trunk.base_model
         theirs: dict[str, Tensor] = found.model.backbone.state_dict() if found.scalar else {}
         shapes = {name: x.shape for name, x in own.state_dict().items()}
+        tokens = found.model.backbone.get_input_embeddings().weight.shape[0]
+        theirs = {  # without the padding token that a reward model gets where the policy has none of its own
+            name: x[: shapes[name][0]] if name in shapes and x.dim() > 1 and x.shape[0] == tokens else x
+            for name, x in theirs.items()
+        }
         if shapes != {name: x.shape for name, x in theirs.items()} or found.model.head.weight.shape[0] != 1:
             raise UserError(
                 f"critic.path={path}: not a reward model with one score on the policy's own architecture. Train one from the "

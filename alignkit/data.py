@@ -55,7 +55,7 @@ class Data:
     chat: bool = False  # send the prompt as one user turn through the tokenizer's chat template
     system: str | None = None  # system message put before a chat
     ratings: str | None = (
-        None  # column of the response's ratings: numbers by attribute (null: not rated), or one number; null: no ratings
+        None  # column of the response's ratings: numbers by attribute (null or HelpSteer's -100: not rated), or one number; null: no ratings
     )
     unique: bool = False  # keep the first training row of each prompt
     limit: int | None = None  # use at most this many training rows
@@ -111,9 +111,6 @@ class Data:
         seen = set()
         for where, columns in read(source):
             row = self._render(columns, where, len(rows))
-            if self.pairing != "none":
-                rows += self._paired(row, split, len(rows))
-                continue
             if self.chosen is not None and row["chosen"] == row["rejected"]:
                 self.alike[split] = self.alike.get(split, 0) + 1
                 continue
@@ -122,6 +119,9 @@ class Data:
                 if key in seen:
                     continue
                 seen.add(key)
+            if self.pairing != "none":
+                rows += self._paired(row, split, len(rows))
+                continue
             rows.append(row)
             if split == "train" and self.limit and len(rows) == self.limit:
                 break
@@ -217,7 +217,7 @@ def _list(columns: Row, candidates: str, golden: str | None, where: str) -> tupl
         if (
             not isinstance(value, list)
             or len(value) < 2
-            or not all(isinstance(x, kind) and not isinstance(x, bool) for x in value)
+            or not all(isinstance(x, kind) and not isinstance(x, bool) and x == x for x in value)
         ):
             what = "texts" if kind is str else "numbers"
             raise UserError(f"{where}: column '{name}' must be a list of at least two {what}, is {str(value)[:80]}.")
@@ -239,7 +239,7 @@ def _ratings(columns: Row, column: str, where: str) -> dict[str, float | None]:
             raise UserError(
                 f"{where}: the rating '{name}' in column '{column}' must be a number or null, is {value!r}."
             )
-    return dict(found)
+    return {name: None if value == -100 else value for name, value in found.items()}
 
 
 def overlap(train: list[Row], held_out: list[Row]) -> int:

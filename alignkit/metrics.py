@@ -20,6 +20,12 @@ class Sentences:
 
     stats: dict[str, np.ndarray]  # metric → (N, S) float64
 
+    def n(self, name: str) -> int:
+        """How many rows a metric is of, where it counts them; else all."""
+        stats = self.stats[name]
+        counts = (stats.shape[1] == 2 and name != "length_ratio") or name == "ece"
+        return int(stats[:, -1].sum()) if counts else len(stats)
+
     def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """(W, N) row weights → metric → (W,) corpus scores."""
         return {n: _SCORE.get(n.partition("/")[0], _share)(weights @ stats) for n, stats in self.stats.items()}
@@ -52,8 +58,12 @@ def sentences(
     return Sentences(stats)
 
 
-def pairs(margins: list[float], lengths: list[tuple[int, int]], sections: list[str] | None = None) -> Sentences:
-    """Statistics of N pairs: margins in log-odds, lengths in characters of (chosen, rejected), the section of each.
+def pairs(
+    margins: list[float], lengths: list[tuple[int, int]], prompts: list[str], sections: list[str] | None = None
+) -> Sentences:
+    """Statistics of N pairs: margins in log-odds, lengths in characters of (chosen, rejected), prompt and section of each.
+
+    Pairs of one prompt hang together, so resamples draw prompts: there is a row of statistics for each prompt.
 
     ``ece`` is the expected calibration error over ten bins of confidence max(p, 1 - p), p = sigmoid(margin); ``macro`` the
     mean of the sections' shares ranked right, which are there as ``section/NAME`` too.
@@ -78,7 +88,16 @@ def pairs(margins: list[float], lengths: list[tuple[int, int]], sections: list[s
         stats["macro"] = np.concatenate([inside * right[:, None], inside], axis=1)
         for i, name in enumerate(names):
             stats[f"section/{name}"] = np.stack([inside[:, i] * right, inside[:, i]], axis=1)
-    return Sentences(stats)
+    place_of = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    group = [place_of[prompt] for prompt in prompts]
+    return Sentences({name: _summed(x, group, len(place_of)) for name, x in stats.items()})
+
+
+def _summed(stats: np.ndarray, group: list[int], n: int) -> np.ndarray:
+    """(N, S) → (n, S) sums over the rows of each group."""
+    sums = np.zeros((n, stats.shape[1]))
+    np.add.at(sums, group, stats)
+    return sums
 
 
 def per_prompt(found: list[dict[str, float]]) -> dict[str, np.ndarray]:
@@ -98,14 +117,15 @@ def summary(s: Sentences, resamples: int) -> dict[str, dict[str, float]]:
     n = _rows(s)
     point = s.scores(np.ones((1, n)))
     drawn = s.scores(_weights(n, resamples)) if resamples else {}
-    return {name: {"value": float(point[name][0]), **_interval(drawn.get(name)), "n": n} for name in point}
+    return {name: {"value": float(point[name][0]), **_interval(drawn.get(name)), "n": s.n(name)} for name in point}
 
 
 def difference(before: Sentences, after: Sentences, resamples: int) -> dict[str, dict[str, float]]:
     """Metric → after − before with a paired 95 % interval and the share of resamples in which it is above 0."""
     n = _rows(before)
     one, weights = np.ones((1, n)), _weights(n, resamples)
-    point = {k: after.scores(one)[k] - v for k, v in before.scores(one).items()}
+    old, new = before.scores(one), after.scores(one)
+    point = {k: new[k] - v for k, v in old.items()}
     after_drawn = after.scores(weights)
     drawn = {k: after_drawn[k] - v for k, v in before.scores(weights).items()}
     return {
@@ -159,10 +179,9 @@ def _share(sums: np.ndarray) -> np.ndarray:
 
 
 def _macro(sums: np.ndarray) -> np.ndarray:
-    """(W, 2S) sums, then counts of S sections → means over the sections that are there."""
+    """(W, 2S) sums, then counts of S sections → means over sections; not a number where a resample has none of one."""
     values, counts = np.split(sums, 2, axis=1)
-    share = np.divide(values, counts, out=np.zeros_like(values), where=counts > 0)
-    return share.sum(1) / np.maximum((counts > 0).sum(1), 1)
+    return np.divide(values, counts, out=np.full_like(values, np.nan), where=counts > 0).mean(1)
 
 
 _SCORE = {

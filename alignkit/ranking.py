@@ -1,7 +1,7 @@
-"""How well a reward model ranks: on labelled pairs, on lists of responses against a golden reward, and what that says of
-the policy one would get. Pure numpy.
+"""How well a reward model ranks lists of responses against a golden reward, and what that says of the policy one would get.
+Pure numpy.
 
-Pairs are margins (N,): the score of the chosen response less that of the rejected one. Lists are ``golden`` and ``proxy``
+Lists are ``golden`` and ``proxy``
 (..., K), the last axis the K responses to one prompt; a result has the axes before it, a single list gives a number.
 Where a list has nothing to compare the result is nan. Names of measures follow arXiv 2410.05584, whose text was not at
 hand: conventions (ties, gains, bins) are alignkit's own unless another source is named.
@@ -24,16 +24,6 @@ def accuracy(margins: Array) -> float:
     return float(_right(_vector(margins)).mean())
 
 
-def tie_rate(margins: Array) -> float:
-    """Share of pairs with margin 0. margins (N,)."""
-    return float((_vector(margins) == 0).mean())
-
-
-def nll(margins: Array) -> float:
-    """Mean softplus(-margin): the negative log-likelihood under Bradley–Terry, log 2 for margins of 0. margins (N,)."""
-    return float(np.logaddexp(0, -_vector(margins)).mean())
-
-
 def ece(margins: Array, bins: int = 10) -> float:
     """Expected calibration error of p = sigmoid(margin), in [0, 1]. margins (N,).
 
@@ -46,27 +36,6 @@ def ece(margins: Array, bins: int = 10) -> float:
     index = np.minimum((2 * bins * (confidence - 0.5)).astype(int), bins - 1)
     over = np.bincount(index, weights=confidence - _right(margins), minlength=bins)
     return float(np.abs(over).sum() / len(margins))
-
-
-def longer_wins(lengths: Array) -> float:
-    """Accuracy of preferring the longer response: lengths (N, 2), the chosen one's first; equal lengths are one half."""
-    lengths = np.asarray(lengths, dtype=float)
-    if lengths.ndim != 2 or lengths.shape[1] != 2:
-        raise ValueError(f"lengths must be (N, 2), has shape {lengths.shape}")
-    return accuracy(lengths[:, 0] - lengths[:, 1])
-
-
-def pair_report(margins: Array, lengths: Array | None = None, bins: int = 10) -> dict[str, float]:
-    """All of the above, the margin's mean and maximum, and ``longer_wins`` where lengths (N, 2) are given."""
-    report = {
-        "accuracy": accuracy(margins),
-        "tie_rate": tie_rate(margins),
-        "nll": nll(margins),
-        "ece": ece(margins, bins),
-        "margin_mean": float(np.mean(margins)),
-        "margin_max": float(np.max(margins)),
-    }
-    return report if lengths is None else {**report, "longer_wins": longer_wins(lengths)}
 
 
 # ---- lists --------------------------------------------------------------------------------------------------------
@@ -248,13 +217,6 @@ def accuracy_of_rho(rho: Any) -> Any:
 # ---- parts --------------------------------------------------------------------------------------------------------
 
 
-def _vector(margins: Array) -> Array:
-    margins = np.asarray(margins, dtype=float)
-    if margins.ndim != 1 or not len(margins) or np.isnan(margins).any():
-        raise ValueError(f"margins must be (N,) numbers, at least one; has shape {margins.shape}")
-    return margins
-
-
 def _lists(golden: Array, proxy: Array) -> tuple[Array, Array]:
     golden, proxy = np.asarray(golden, dtype=float), np.asarray(proxy, dtype=float)
     if golden.ndim < 1 or golden.shape != proxy.shape or not golden.size:
@@ -264,14 +226,26 @@ def _lists(golden: Array, proxy: Array) -> tuple[Array, Array]:
     return golden, proxy
 
 
+def _vector(margins: Array) -> Array:
+    margins = np.asarray(margins, dtype=float)
+    if margins.ndim != 1 or not len(margins) or np.isnan(margins).any():
+        raise ValueError(f"margins must be (N,) numbers, at least one; has shape {margins.shape}")
+    return margins
+
+
 def _right(margins: Array) -> Array:
     return (margins > 0) + 0.5 * (margins == 0)
 
 
 def _counts(x: Array) -> tuple[Array, Array]:
     """How many of a list's values are below each value, and how many at most as large (itself among them)."""
-    other, own = x[..., None, :], x[..., :, None]
-    return (other < own).sum(-1), (other <= own).sum(-1)
+    flat = x.reshape(-1, x.shape[-1])
+    found = [
+        (np.searchsorted(s, r, "left"), np.searchsorted(s, r, "right"))
+        for r, s in zip(flat, np.sort(flat), strict=True)
+    ]
+    below, upto = (np.array(part).reshape(x.shape) for part in zip(*found, strict=True))
+    return below, upto
 
 
 def _signs(x: Array) -> Array:

@@ -40,19 +40,24 @@ class Reading:
     pooling: Literal["last", "eos", "mean", "all", "pattern"] = "last"
     pattern: list[int] = field(default_factory=list)
     max_tokens: int | None = None
+    temperature: float = 1.0  # margins are differences of scores over it
 
     def to_json(self) -> dict[str, Any]:
         head = {"_target_": f"{type(self.head).__module__}.{type(self.head).__name__}", **asdict(self.head)}
         return {**{k: v for k, v in vars(self).items() if k != "head"}, "head": head}
 
     @staticmethod
-    def from_json(settings: dict[str, Any]) -> Reading:
-        """Raises UserError where the head's class is none."""
+    def from_json(settings: dict[str, Any], local: bool) -> Reading:
+        """Raises UserError where the head's class is none, or another's than alignkit's and not on this machine (``local``)."""
         head = dict(settings["head"])
-        module, _, name = head.pop("_target_").rpartition(".")
+        module, _, name = str(head.pop("_target_")).rpartition(".")
+        if module != "alignkit.heads" and not local:
+            raise UserError(
+                f"reward model: from the hub, only heads of alignkit itself are built, not {module}.{name}."
+            )
         try:
             cls = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
+        except (ImportError, AttributeError, ValueError):
             cls = None
         if not (isinstance(cls, type) and issubclass(cls, Head)):
             raise UserError(f"reward model: its head {module}.{name} cannot be imported. Put its file on the path.")
@@ -113,7 +118,11 @@ class RewardModel(Reader):
     def compare(self, rows: list[Row], budget: int = 8192) -> Tensor:
         """(N,) float64 probability that each row's ``chosen`` is better than its ``rejected``; 1/2 where they are the same."""
         z = self._over(both_sides(rows), budget, lambda part: self.outputs(part)[0]).double()
-        return torch.sigmoid(self.head.margins(z[0::2], z[1::2]))
+        return torch.sigmoid(self.margins(z))
+
+    def margins(self, z: Tensor) -> Tensor:
+        """Outputs (2N, k) of pairs, the chosen response first → (N,) log-odds that it is better."""
+        return self.head.margins(z[0::2], z[1::2]) / self.reading.temperature
 
     @torch.no_grad()
     def ratings(self, rows: list[Row], budget: int = 8192) -> list[dict[str, float]]:
@@ -388,7 +397,7 @@ class RewardModel(Reader):
         """Write the whole model, adapters merged into it, with mean and deviation of its scores and a self-test."""
         if hasattr(self.model.backbone, "merge_and_unload"):
             self.model.backbone = self.model.backbone.merge_and_unload()
-        if self.examples:
+        if self.examples and self.scalar:
             self.mean, self.std = 0.0, 1.0
             raw = self.score(self.examples)
             deviation = float(raw.std()) if len(raw) > 1 else 0.0
@@ -448,24 +457,37 @@ def build(cfg: Model, reading: Reading, seed: int, texts: list[str], checkpoint:
     return model
 
 
-def load(path: str, device: str = "auto", compute: str = "same") -> RewardModel | Comparator:
-    """A trained reward model: a run or folder of alignkit, or any ``AutoModelForSequenceClassification`` with one label.
+def load(path: str, device: str = "auto", compute: str = "same", dtype: str = "float32") -> RewardModel | Comparator:
+    """A trained reward model: a run or folder of alignkit, or an ``AutoModelForSequenceClassification`` folder with one label
+    and a linear head ``score``, as causal ones have it.
 
     Raises:
-        UserError: no such model, or one that is no reward model.
+        UserError: no such model, one that is no reward model, a run that is not finished.
     """
     folder = _folder(path)
+    if folder.name.startswith("checkpoint-") and folder != Path(path).expanduser():
+        raise UserError(f"{path} is not finished. Repeat its command, or name {folder} to take it as it is.")
     file = folder / SETTINGS
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return _load(path, folder, settings, Model(path=str(folder), device=device, compute=compute, dtype=dtype))
+    except (KeyError, TypeError, ValueError, NotImplementedError) as e:
+        if not file.is_file():
+            raise
+        raise UserError(f"{file} is damaged, or of another version ({type(e).__name__}: {e}).") from None
+
+
+def _load(path: str, folder: Path, settings: dict[str, Any] | None, cfg: Model) -> RewardModel | Comparator:
     weights = _head_weights(folder)
     if settings is None and not weights:
         raise UserError(
             f"{path} is no reward model: {folder} has neither {SETTINGS} nor a head `score`. Train one with +algo=bt."
         )
-    cfg = Model(path=str(folder), device=device, compute=compute)
     if settings and settings["kind"] == "comparator":
         return Comparator(policy.load(cfg, 0), *(settings[k] for k in ("template", "yes", "no")))
-    model = build(cfg, Reading.from_json(settings["reading"]) if settings else Reading(), 0, [])
+    model = build(
+        cfg, Reading.from_json(settings["reading"], Path(path).expanduser().exists()) if settings else Reading(), 0, []
+    )
     wanted = _shapes(model.model.head.state_dict())
     if _shapes(weights) != wanted:
         raise UserError(
@@ -485,7 +507,13 @@ def _folder(path: str, only_cached: bool = False) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(path, local_files_only=only_cached, ignore_patterns=["*.bin", "*.pt", "*.h5"]))
+        return Path(
+            snapshot_download(
+                path,
+                local_files_only=only_cached,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
+            )
+        )
     except (OSError, ValueError) as e:
         if only_cached:  # it lies elsewhere, and was loaded from there
             return folder

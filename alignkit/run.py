@@ -285,8 +285,10 @@ class Run:
         write_atomically(self.dir / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def keep(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A tensor of this run that is computed once, and read from its directory at every later start."""
-        file = self.dir / f"{name}.safetensors"
+        """A tensor that depends on this run's settings and data alone: computed once, and read from its directory at every
+        later start."""
+        key = hashlib.sha256(f"{signature(self.cfg)} {self.fingerprint}".encode()).hexdigest()[:8]
+        file = self.dir / f"{name}-{key}.safetensors"
         if not file.exists():
             partial = file.with_name(file.name + ".partial")
             save_file({name: compute().contiguous()}, partial)
@@ -345,8 +347,10 @@ class Run:
         except (OSError, RuntimeError, SafetensorError) as e:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(partial, ignore_errors=True)
             kept = self._latest()
+            if isinstance(e, NotImplementedError):
+                raise
             raise UserError(
-                f"{target} could not be written ({str(e).splitlines()[0]}). "
+                f"{target} could not be written ({(str(e).splitlines() or [type(e).__name__])[0]}). "
                 + (f"{kept.name} is whole: " if kept else "")
                 + "free some space and repeat the command to go on."
             ) from None
@@ -426,7 +430,7 @@ class Run:
         same_settings(self.dir, self.state["signature"], self.cfg)
         same_sources(self.dir, self.state["fingerprint"], fingerprint, self.cfg)
         self.ledger, self.best, self.before = self.state["ledger"], self.state["best"], self.state["before"]
-        self.audit.load_state(self.state["audit"])
+        self.audit.load_state(self.state.get("audit", {}))
 
     def _drop_later_steps(self) -> None:
         """Steps after the checkpoint are done again, so their lines go."""

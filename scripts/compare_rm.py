@@ -26,7 +26,17 @@ ARMS = {
 }  # fmt: skip
 SMALL = ["model.config.hidden_size=64", "model.config.intermediate_size=192", "model.config.num_hidden_layers=2"]
 METRICS = ("preference_accuracy", "nll", "ece", "margin", "margin_max", "score_sd", "length_spearman", "longer_wins")
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # two-sided, by number of seeds
+T95 = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}  # two-sided, by number of seeds
 
 
 def main() -> None:
@@ -77,11 +87,14 @@ def one(words: list[str]) -> dict[str, Any]:
 
 
 def interval(values: list[float]) -> str:
-    mean = statistics.mean(values)
-    if len(values) < 2 or math.isnan(mean):
-        return "" if math.isnan(mean) else f"{mean:.3f}"
-    half = T95.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.3f} ± {half:.3f}"
+    known = [x for x in values if not math.isnan(x)]
+    if not known:
+        return ""
+    mean, few = statistics.mean(known), f" (of {len(known)})" if len(known) < len(values) else ""
+    if len(known) < 2:
+        return f"{mean:.3f}{few}"
+    half = T95.get(len(known), 1.96) * statistics.stdev(known) / math.sqrt(len(known))
+    return f"{mean:.3f} ± {half:.3f}{few}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python scripts/kl_frontier.py RUN [RUN ...] [--metric dev/reward] [--at 1 2 4 8]
 
-Reads ``metrics.jsonl``: at every evaluation on dev the metric, beside the KL (nats a response) of that step's samples. Runs that
+Reads ``metrics.jsonl``: at every evaluation on dev the metric, beside the KL (nats a response) of that step's samples, which were
+drawn one update earlier. Runs that
 differ only in the scale of their rewards look different at an equal KL weight and alike on this table.
 """
 
@@ -18,6 +19,8 @@ from pathlib import Path
 def trace(run: Path, metric: str) -> list[tuple[float, float]]:
     """(KL, metric) at every dev evaluation, in order; the start is at KL 0."""
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if x]
+    if not any("kl" in line for line in lines):
+        raise SystemExit(f"{run}: no KL was logged; the run has no reference model (algo.kl, or algo.kl_limit).")
     found = [(line.get("kl", 0.0), line[metric]) for line in lines if metric in line]
     if not found:
         raise SystemExit(f"{run}: no metric {metric}. There is: {', '.join(k for line in lines[:1] for k in line)}.")

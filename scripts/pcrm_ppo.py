@@ -70,7 +70,11 @@ def make_pairs(out: Path, sft: Path, gold: Path, seed: int, noise: float) -> Non
                           "flipped": first_wins != (gap > 0)})  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     held = len(found) // 8
-    for split, part in (("dev", found[:held]), ("test", found[held : 2 * held]), ("train", found[2 * held :])):
+    for split, part in (
+        ("train", found[2 * held :]),
+        ("dev", found[:held]),
+        ("test", found[held : 2 * held]),
+    ):  # test last
         text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in part)
         (out / f"{split}.jsonl").write_text(text, encoding="utf-8")
     print(

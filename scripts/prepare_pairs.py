@@ -23,6 +23,8 @@ Row = dict[str, Any]
 def hh(row: Row) -> Row | None:
     """Two dialogues that share all but the last turn of the assistant."""
     mark = "\n\nAssistant:"
+    if not all(isinstance(row.get(side), str) and mark in row[side] for side in ("chosen", "rejected")):
+        return None
     (one, chosen), (other, rejected) = (row[side].rsplit(mark, 1) for side in ("chosen", "rejected"))
     if one != other or not chosen.strip() or not rejected.strip() or chosen == rejected:
         return None

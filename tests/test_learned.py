@@ -191,7 +191,8 @@ def test_models_that_are_none_are_refused_by_the_settings_name(folders: Path, tm
               metadata={"format": "pt"})  # fmt: skip
     with pytest.raises(UserError, match="does not score as it did when it was saved"):
         learned(tmp_path, "changed")
-    learned(tmp_path, "changed", standardise=False)
+    with pytest.raises(UserError, match="does not score as it did when it was saved"):
+        learned(tmp_path, "changed", standardise=False)
 
 
 # ---- through train -----------------------------------------------------------------------------------------------------
@@ -272,17 +273,15 @@ def test_running_moments_are_those_of_all_rewards_so_far(make_batch) -> None:
     assert again.scale == algo.scale
 
 
-@pytest.mark.parametrize("how", ["one", "first", "second", "mixed", "run", "begun"])
+@pytest.mark.parametrize("how", ["one", "first", "second", "mixed", "run"])
 def test_a_reward_model_that_was_changed_is_noticed(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    inside = {"run": "final", "begun": "checkpoint-12"}.get(how, "")
+    inside = "final" if how == "run" else ""
     for name in "ab":
         model, _ = given(folders, name)
         model.test = []  # or it is noticed even sooner
         model.save(tmp_path / name / inside)
-    if how == "begun":
-        model.save(tmp_path / "a" / "checkpoint-5")
     words = run_words(folders, "run.save_every=1", f"reward.model={tmp_path}/a")
     if how in ("first", "second"):
         words[-1] = f"reward.model=[{tmp_path}/a,{tmp_path}/b]"

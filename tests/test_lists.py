@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from running import SMALL_RUN, train
 
-from alignkit import metrics
+from alignkit import metrics, ranking
 from alignkit.config import conf_dir
 from alignkit.data import Data
 from alignkit.errors import UserError
@@ -41,6 +44,7 @@ def test_all_pairs_of_a_list_and_its_extremes(tmp_path: Path) -> None:
     assert data.ties == {"train": 1} and data.sides == ("chosen", "rejected")
     assert [r["rejected"] for r in lists(written(tmp_path, ROW), pairing="extremes").rows("train")] == ["c"]
     assert len(lists(written(tmp_path, ROW), pairing="all", limit=1).rows("train")) == 1
+    assert len(lists(written(tmp_path, ROW, ROW, ROW), pairing="all", unique=True).rows("train")) == 2
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,7 @@ def test_all_pairs_of_a_list_and_its_extremes(tmp_path: Path) -> None:
         ({"texts": ["a", None, "b"]}, "line 1: column 'texts' must be a list of at least two texts"),
         ({"texts": "a"}, "line 1: column 'texts' must be a list of at least two texts"),
         ({"gold": [1, True, 2]}, "line 1: column 'gold' must be a list of at least two numbers"),
+        ({"gold": [1, float("nan"), 2]}, "line 1: column 'gold' must be a list of at least two numbers"),
         ({"gold": [1, 1, 1]}, "in no row is one candidate better than another"),
     ],
 )
@@ -73,6 +78,7 @@ def test_the_metrics_of_a_list() -> None:
     assert found["best_of/4"] == pytest.approx((4 * 0.5 + 0.9) / 5)
     assert found["best_of_gold/4"] == pytest.approx((4 * 0.9 + 0.5) / 5)
     assert "best_of/8" not in found
+    assert found["best_of_random/4"] == pytest.approx(0.28)
 
 
 def test_prompts_without_a_metric_do_not_count() -> None:
@@ -113,7 +119,7 @@ def test_a_reward_can_be_the_true_score(tmp_path: Path) -> None:
 def test_what_is_measured_of_pairs() -> None:
     """Margins 2, -1, 0 and 2; by hand: 2.5 of 4 right, one tie; sigmoid(2) = .880797, sigmoid(1) = .731059."""
     sizes = [(5, 3), (2, 4), (3, 3), (1, 2)]
-    found = metrics.summary(metrics.pairs([2.0, -1.0, 0.0, 2.0], sizes, ["x", "x", "y", "y"]), 0)
+    found = metrics.summary(metrics.pairs([2.0, -1.0, 0.0, 2.0], sizes, list("abcd"), ["x", "x", "y", "y"]), 0)
     value = {name: cell["value"] for name, cell in found.items()}
     assert value["preference_accuracy"] == 62.5 and value["ties"] == 25.0 and value["margin"] == 0.75
     assert value["nll"] == pytest.approx((2 * 0.126928 + 1.313262 + 0.693147) / 4, abs=1e-6)
@@ -121,6 +127,38 @@ def test_what_is_measured_of_pairs() -> None:
     assert value["ece"] == pytest.approx((0.0 + 0.731059 + 2 * (1 - 0.880797)) / 4, abs=1e-6)
     assert value["longer_wins"] == pytest.approx(100 * (1 + 0 + 0.5 + 0) / 4)
     assert value["section/x"] == 50.0 and value["section/y"] == 75.0 and value["macro"] == 62.5
+    assert found["section/x"]["n"] == 2 and found["macro"]["n"] == found["ece"]["n"] == 4
+
+
+def test_pairs_of_one_prompt_are_drawn_together() -> None:
+    """Ten prompts, five pairs each that are all right or all wrong: as uncertain as ten pairs are, not fifty."""
+    margins = [1.0 if i < 25 else -1.0 for i in range(50)]
+    together, apart = (
+        metrics.summary(metrics.pairs(margins, [(1, 1)] * 50, prompts), 1000)["preference_accuracy"]
+        for prompts in ([str(i // 5) for i in range(50)], [str(i) for i in range(50)])
+    )
+    assert together["value"] == apart["value"] == 50.0 and together["n"] == apart["n"] == 50
+    ratio = (together["high"] - together["low"]) / (apart["high"] - apart["low"])
+    assert ratio == pytest.approx(5**0.5, rel=0.15)
+
+
+def test_a_section_that_a_resample_misses_does_not_raise_the_mean() -> None:
+    """98 pairs right, 2 wrong in a section of their own."""
+    sections = ["a"] * 98 + ["b"] * 2
+    margins = [1.0] * 98 + [-1.0] * 2
+    found = metrics.summary(metrics.pairs(margins, [(1, 1)] * 100, [str(i) for i in range(100)], sections), 500)[
+        "macro"
+    ]
+    assert found["value"] == found["low"] == found["high"] == 50.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(-6, 6), min_size=1, max_size=40))
+def test_calibration_by_sums_is_calibration_by_definition(margins: list[float]) -> None:
+    n = len(margins)
+    found = metrics.summary(metrics.pairs(margins, [(1, 1)] * n, [str(i) for i in range(n)]), 0)
+    assert found["ece"]["value"] == pytest.approx(ranking.ece(np.array(margins)), abs=1e-9)
+    assert found["preference_accuracy"]["value"] == pytest.approx(100 * ranking.accuracy(np.array(margins)))
 
 
 # ---- other people's files --------------------------------------------------------------------------------------------
@@ -180,3 +218,8 @@ def test_a_frontier_is_read_where_the_kl_is_first_reached(tmp_path: Path) -> Non
         check=True,
     )
     assert f"| {tmp_path.name} | 1.000 | 1.500 | 3.000 |  | 3.000 (4.00) |" in done.stdout
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "dev/reward": 1.0}) + "\n")
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "kl_frontier.py", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "no KL was logged" in done.stderr and "Traceback" not in done.stderr

@@ -662,3 +662,78 @@ def test_a_chat_is_shown_as_text(comparator: Comparator) -> None:
 def test_scalar_is_what_margins_are(model: RewardModel) -> None:
     assert model.scalar == (type(model.head).margins is Head.margins)
     assert isinstance(model.head, Scalar | Attributes)
+
+
+# ---- what is saved with it -------------------------------------------------------------------------------------------
+
+
+def test_the_temperature_goes_with_the_model(tmp_path: Path) -> None:
+    """Margins are over it, in training, in comparisons and after loading; scores are not."""
+    model = new("causal", temperature=0.25)
+    model.save(tmp_path)
+    loaded = reward_model.load(str(tmp_path), "cpu")
+    plain = new("causal")
+    data = [{"id": 0, "prompt": "a", "chosen": ANSWERS[0], "rejected": ANSWERS[1]}]
+    odds = torch.logit(plain.compare(data))
+    torch.testing.assert_close(torch.logit(loaded.compare(data)), 4 * odds, atol=1e-5, rtol=1e-5)
+    one = [{"id": 0, "prompt": "a", "response": ANSWERS[0]}]
+    torch.testing.assert_close(loaded.score(one), plain.score(one), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": None},
+        {"reading": {"head": {"_target_": "Scalar"}}},
+        {"reading": {"head": {"_target_": "alignkit.heads.Scalar"}, "later": 1}},
+        {"reading": {"head": {"_target_": "alignkit.heads.Head"}}},
+        {"reading": {"head": {"_target_": "os.path.join"}}},
+        None,
+    ],
+)
+def test_damaged_settings_are_named(tmp_path: Path, change: dict[str, Any] | None) -> None:
+    new("causal").save(tmp_path)
+    file = tmp_path / "reward_model.json"
+    settings = json.loads(file.read_text())
+    if change is None:
+        file.write_text(file.read_text()[:-40])
+    else:
+        settings |= change
+        file.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    with pytest.raises(UserError, match=r"reward_model\.json is damaged|its head .* cannot be imported"):
+        reward_model.load(str(tmp_path), "cpu")
+
+
+def test_from_the_hub_only_own_heads_are_built() -> None:
+    settings = new("causal").reading.to_json()
+    assert Reading.from_json(settings, local=False).head == Scalar()
+    settings["head"]["_target_"] = "antigravity.Head"
+    with pytest.raises(UserError, match=r"only heads of alignkit itself are built, not antigravity\.Head"):
+        Reading.from_json(settings, local=False)
+
+
+def test_a_run_that_is_not_finished_is_no_reward_yet(tmp_path: Path) -> None:
+    new("causal").save(tmp_path / "checkpoint-3")
+    with pytest.raises(UserError, match="is not finished"):
+        reward_model.load(str(tmp_path), "cpu")
+    assert reward_model.load(str(tmp_path / "checkpoint-3"), "cpu").scalar
+
+
+class Cycle(Scalar):
+    """A head that compares and has no score of its own."""
+
+    def scores(self, z: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def margins(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a - b).squeeze(-1)
+
+
+def test_a_head_without_scores_is_exported(tmp_path: Path) -> None:
+    model = new("causal")
+    model.head = model.reading.head = Cycle()
+    model.examples = [{"id": 0, "prompt": "a", "response": "b"}]
+    model.export(tmp_path)
+    assert (model.mean, model.std, model.test) == (0.0, 1.0, [])
+    data = [{"id": 0, "prompt": "a", "chosen": ANSWERS[0], "rejected": ANSWERS[1]}]
+    assert 0 < float(model.compare(data)) < 1

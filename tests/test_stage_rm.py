@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def test_trained_in_bfloat16_it_is_a_reward_in_float32(tmp_path: Path, more: str
 def test_measures_of_pairs_by_hand() -> None:
     """Margins 2, -1, 0, .5: p .880797, .731059, .5, .622459 stand in bins of their own."""
     margins, lengths = [2.0, -1.0, 0.0, 0.5], [(5, 3), (2, 2), (1, 9), (4, 3)]
-    found = metrics.summary(metrics.pairs(margins, lengths, ["a", "a", "b", "a"]), 0)
+    found = metrics.summary(metrics.pairs(margins, lengths, list("pqrs"), ["a", "a", "b", "a"]), 0)
     wanted = {
         "preference_accuracy": 100 * 2.5 / 4,
         "ties": 25.0,
@@ -364,7 +365,9 @@ def test_similarities_of_an_encoder_are_those_of_its_first_states(tmp_path: Path
             for r in TEXTS
         ]
         wanted = [1 - math.acos(min(max(float(c), 0), 1)) / math.pi for c in cosines]
-        assert load_file(run / "similarity.safetensors")["similarity"].tolist() == pytest.approx(wanted, abs=1e-4)
+        assert load_file(next(run.glob("similarity-*.safetensors")))["similarity"].tolist() == pytest.approx(
+            wanted, abs=1e-4
+        )
     with pytest.raises(UserError, match=r"algo\.constraint\.encoder=.*/nothing"):
         train(tmp_path / "runs", *words[:-1], f"algo.constraint.encoder={tmp_path}/nothing")
 
@@ -382,7 +385,9 @@ def test_similarities_without_an_encoder_are_of_the_start_models_mean_states(tmp
     wanted = ops.angular(
         torch.stack([torch.cosine_similarity(mean(r["chosen"]), mean(r["rejected"]), dim=0) for r in TEXTS])
     )
-    assert load_file(run / "similarity.safetensors")["similarity"].tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert load_file(next(run.glob("similarity-*.safetensors")))["similarity"].tolist() == pytest.approx(
+        wanted.tolist(), abs=1e-4
+    )
 
 
 # ---- data --------------------------------------------------------------------------------------------------------------
@@ -496,3 +501,40 @@ def test_a_comparator_cannot_be_an_encoder(tmp_path: Path) -> None:
 def test_the_shipped_configurations_are_valid() -> None:
     for name in METHODS:
         check(composed([f"+algo={name}"]))
+
+
+def test_what_is_kept_is_not_taken_for_another_runs(tmp_path: Path) -> None:
+    """A run that was killed before its first checkpoint leaves its similarities; with other settings they are computed anew."""
+    words = [
+        *own(tmp_path, {}, {"rejected": "no"}, name="pcrm"),
+        "algo.constraint.kind=cosine",
+        "run.dir=" + str(tmp_path / "run"),
+    ]
+    train(tmp_path, *words)
+    first = json.loads((tmp_path / "run" / "constraint.json").read_text())
+    kept = list((tmp_path / "run").glob("similarity-*.safetensors"))
+    assert len(kept) == 1
+    for path in (tmp_path / "run").iterdir():
+        if (path.is_dir() and path.name.startswith("checkpoint")) or path.name in ("result.json", "config.yaml"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train(tmp_path, *words, "algo.constraint.angular=false")
+    assert len(list((tmp_path / "run").glob("similarity-*.safetensors"))) == 2
+    assert json.loads((tmp_path / "run" / "constraint.json").read_text()) != first
+
+
+def test_ratings_without_a_response_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"have ratings but no response\. Set data\.response"):
+        train(tmp_path / "runs", *rated(tmp_path, 1.0, 2.0), "data.response=null", "data.references=null")
+
+
+def test_margins_below_0_cannot_weigh(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"algo\.margin=scale weighs a pair by it, so it must not be negative"):
+        train(tmp_path / "runs", *own(tmp_path, {"margin": 1}, {"margin": -3}), "algo.margin=scale")
+    train(tmp_path / "runs", *own(tmp_path, {"margin": 1}, {"margin": -3}), "algo.margin=subtract")
+
+
+def test_the_mark_of_helpsteer_is_no_rating(tmp_path: Path) -> None:
+    _, run = train(tmp_path / "runs", *rated(tmp_path, {"a": 1.0, "b": -100}, {"a": 2.0, "b": 3.0}), "algo.head.names=[a,b]",
+                   "algo.head.weights=[1.0,1.0]")  # fmt: skip
+    first = next(m for m in lines(run / "metrics.jsonl") if "error" in m)
+    assert first["error"] < 50

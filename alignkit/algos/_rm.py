@@ -46,12 +46,14 @@ class RM(Fit):
             head=self.head,
             template=self.template,
             pooling=self.pooling,
+            temperature=getattr(self, "temperature", 1.0),
             pattern=list(self.pattern),
             max_tokens=self.max_tokens,
         )
         model = reward_model.build(cfg, reading, seed, texts, checkpoint)
         if self.trained == "head":
             model.model.backbone.requires_grad_(False)
+            model.drop_dropout()  # the head learns from states as they will be
         return model
 
     def batch(self, model: Any, rows: list[Row]) -> Batch:

@@ -27,7 +27,7 @@ class BT(RM):
     around 0 (its mean, not the difference, is free under the loss).
     """
 
-    temperature: float = 1.0  # d is divided by it
+    temperature: float = 1.0  # d is divided by it, of the trained model too
     smoothing: float = 0.0  # share of labels taken for flipped
     centring: float = 0.0  # weight of the squared sum of both scores
     margin: Literal["none", "subtract", "scale"] = "none"  # what the pair's margin does
@@ -43,7 +43,7 @@ class BT(RM):
 
     def loss(self, model: Any, batch: Batch) -> Loss:
         z = model.outputs(batch)[0]
-        margins = model.head.margins(z[0::2], z[1::2]) / self.temperature
+        margins = model.margins(z)
         pair = self.pair_losses(margins, [float(m) for m in map(self._margin, batch.rows[0::2])])
         if self.centring:
             scores = model.head.scores(z)
@@ -71,5 +71,10 @@ class BT(RM):
             raise UserError(
                 f"row {row['id']}: column '{self.margin_column}' must be a number for algo.margin={self.margin}, is {found!r}. "
                 f"Set algo.margin_column."
+            )
+        if self.margin == "scale" and found < 0:
+            raise UserError(
+                f"row {row['id']}: column '{self.margin_column}' is {found}; algo.margin=scale weighs a pair by it, so it must not "
+                f"be negative. Turn such pairs around."
             )
         return float(found)

@@ -44,7 +44,7 @@ class PCRM(RM):
     def loss(self, model: Any, batch: Batch) -> Loss:
         z, tokens = model.outputs(batch, tokens=self.readout == "token_mean")
         ceilings = batch.extra["ceiling"][0::2]
-        margins = model.head.margins(z[0::2], z[1::2])
+        margins = model.margins(z)
         if self.readout == "last":
             pair = self.constraint.loss(margins, ceilings, self.smoothing)
         else:

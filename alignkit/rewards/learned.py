@@ -29,6 +29,7 @@ class Learned:
     standardise: bool = True  # by the mean and deviation of scores that were saved with each model
     clip: float | None = None  # each model's score is cut to ± this; with per=token, each token's share
     device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     compute: Literal["same", "bfloat16"] = "same"
     micro_tokens: int = 8192  # tokens of a forward pass
 
@@ -67,11 +68,10 @@ class Learned:
 
     def _load(self, path: str) -> Any:
         try:
-            model = reward_model.load(path, self.device, self.compute)
+            model = reward_model.load(path, self.device, self.compute, self.dtype)
         except UserError as e:
             raise UserError(str(e).replace("model.path", "reward.model")) from None
+        model.check()
         if not self.standardise:
             model.mean, model.std = 0.0, 1.0
-        else:
-            model.check()
         return model

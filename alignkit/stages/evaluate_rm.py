@@ -92,7 +92,7 @@ class HeldOutRewards:
         scores = None
         if model.scalar:
             scores = model.score(both_sides(rows))
-            margins = ((scores[0::2] - scores[1::2]).double() * model.std).tolist()
+            margins = ((scores[0::2] - scores[1::2]).double() * model.std / model.reading.temperature).tolist()
         else:
             margins = torch.logit(model.compare(rows), eps=1e-12).tolist()
         entries = []
@@ -155,7 +155,8 @@ class HeldOutRewards:
         if "margin" in entries[0]:
             lengths = [(len(e["chosen"]), len(e["rejected"])) for e in entries]
             sections = [e["section"] for e in entries] if "section" in entries[0] else None
-            return metrics.pairs([e["margin"] for e in entries], lengths, sections)
+            prompts = [json.dumps(e["prompt"]) for e in entries]
+            return metrics.pairs([e["margin"] for e in entries], lengths, prompts, sections)
         if "candidates" in entries[0]:
             return metrics.Sentences(metrics.per_prompt([list_metrics(e["golden"], e["scores"]) for e in entries]))
         squares = [
@@ -167,7 +168,7 @@ class HeldOutRewards:
 
 
 def list_metrics(golden: list[float], scores: list[float]) -> dict[str, float]:
-    """How one prompt's candidates are ranked, and the true score of the best of n drawn from them, by the model and by itself."""
+    """How one prompt's candidates are ranked, and the true score of the best of n drawn from them: by the model, by itself, by chance."""
     g, s = np.array(golden), np.array(scores)
     found = {
         "pair_accuracy": ranking.pair_accuracy(g, s), "pearson": ranking.pearson(g, s), "spearman": ranking.spearman(g, s),
@@ -179,6 +180,7 @@ def list_metrics(golden: list[float], scores: list[float]) -> dict[str, float]:
             found |= {
                 f"best_of/{n}": float(ranking.best_of(g, s, n)),
                 f"best_of_gold/{n}": float(ranking.best_of(g, g, n)),
+                f"best_of_random/{n}": float(g.mean()),  # of the same prompts: those with n candidates
             }
     return found
 

@@ -61,16 +61,20 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 def report(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: the test metrics of every step before and after it, and how far an RL step went from its start."""
-    lines = ["| step | metric | before | after |", "|---|---|---|---|"]
+    lines, note = ["| step | metric | before | after |", "|---|---|---|---|"], ""
     for step, result in results.items():
-        evaluation = result["evaluation"]
+        evaluation = result.get("evaluation", {})
         before = (evaluation.get("before") or {}).get("test", {})
-        for name, cell in (evaluation.get("after") or {}).get("test", {}).items():
+        after = evaluation.get("after", evaluation) or {}
+        for name, cell in after.get("test", after.get("dev", {})).items():
             old = evaluate.cell(name, before[name]) if name in before else ""
             lines.append(f"| {step} | {evaluate.LABELS.get(name, name)} | {old} | {evaluate.cell(name, cell)} |")
+        if result.get("verdict"):
+            lines.append(f"| {step} | verdict | | {result['verdict']} |")
         if "kl" in result.get("training", {}):
-            lines.append(f"| {step} | KL to the start, nats a response | 0 | {result['training']['kl']:.2f} |")
-    return "\n".join(lines)
+            lines.append(f"| {step} | KL to the start, nats a response* | 0 | {result['training']['kl']:.2f} |")
+            note = "\n\\* of the samples from which the last step of these weights learned"
+    return "\n".join(lines) + note
 
 
 def _run_to_its_end(command: list[str]) -> tuple[int, bool]:

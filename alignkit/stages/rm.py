@@ -36,7 +36,8 @@ def responses_of(rows: list[Row]) -> list[Row]:
 
 
 def _tell_cut(model: Any, rows: list[Row], run: Run) -> None:
-    n = model.too_long(responses_of(rows))
+    given = [row for row in responses_of(rows) if row["response"] is not None]
+    n = model.too_long(given) if given else 0
     if n:
         run.progress.say(
             f"warning: {n} training responses do not fit into {model.limit} tokens with their prompts: they are cut at the end, "

@@ -7,13 +7,17 @@ from typing import Any
 from omegaconf import DictConfig
 
 from alignkit.config import signature
+from alignkit.errors import UserError
 from alignkit.run import Run
 
 
 def run(cfg: DictConfig, run: Run, data: None, algo: Any, reward: None) -> dict[str, Any]:
     """Run the study with the run's seed and write ``tables.md`` and ``result.json``."""
     with run.phase("study"):
-        found = algo.run(cfg.seed)
+        try:
+            found = algo.run(cfg.seed)
+        except ValueError as e:  # settings that leave nothing to measure
+            raise UserError(f"algo: {e}") from None
     result = {
         "status": "finished", "stage": "study", "name": cfg.name, "seed": cfg.seed, "signature": signature(cfg),
         **found, "seconds": {"study": run.ledger["seconds/study"]}, "directory": str(run.dir),

@@ -13,11 +13,13 @@ from alignkit.errors import UserError
 from alignkit.heads import Attributes, Scalar
 
 
-def given(scores: list[float], head: Any = None) -> Any:
+def given(scores: list[float], head: Any = None, temperature: float = 1.0) -> Any:
     """A model that gives these outputs."""
     z = torch.tensor(scores, dtype=torch.float64)
     z = (z[:, None] if z.dim() == 1 else z).requires_grad_()
-    return SimpleNamespace(outputs=lambda batch: (z, None), head=head or Scalar(), z=z)
+    head = head or Scalar()
+    margins = lambda z: head.margins(z[0::2], z[1::2]) / temperature  # noqa: E731
+    return SimpleNamespace(outputs=lambda batch: (z, None), head=head, margins=margins, z=z)
 
 
 def pairs(make_batch, *margins: Any):
@@ -59,7 +61,8 @@ def test_gradient(make_batch) -> None:
     ],
 )
 def test_by_hand(make_batch, settings: dict[str, float], wanted: float) -> None:
-    loss = BT(**settings).loss(given([2.0, 0.5]), pairs(make_batch, None))
+    model = given([2.0, 0.5], temperature=settings.get("temperature", 1.0))  # the model has it, as it is saved with it
+    loss = BT(**settings).loss(model, pairs(make_batch, None))
     assert float(loss.total.detach()) == pytest.approx(wanted, abs=1e-6)
 
 

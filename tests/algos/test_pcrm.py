@@ -33,7 +33,9 @@ def cost(algo: PCRM, scores: list[list[float]], batch: Batch, ceiling: float | N
     tokens = torch.tensor(scores, dtype=torch.float64)
     last = tokens[[0, 1], batch.lengths - 1][:, None]
     model = SimpleNamespace(
-        outputs=lambda b, tokens=False, t=tokens: (last, t[..., None] if tokens else None), head=Scalar()
+        outputs=lambda b, tokens=False, t=tokens: (last, t[..., None] if tokens else None),
+        head=Scalar(),
+        margins=lambda z: (z[0::2] - z[1::2]).squeeze(-1),
     )
     batch = algo.whole(model, batch, torch.Generator())
     if ceiling is not None:
