@@ -28,6 +28,16 @@ NEEDS = {  # what a stage cannot do without
 }
 
 
+TEXTS = ("bleu", "chrf", "exact_match", "length_ratio", "reward")
+SELECTS = {  # what can pick the best checkpoint of a stage that trains
+    "sft": TEXTS,
+    "rl": TEXTS,
+    "pref": (*TEXTS, "preference_accuracy"),
+    "rm": ("preference_accuracy", "correlation"),
+}
+ALL = tuple(dict.fromkeys(name for names in SELECTS.values() for name in names))
+
+
 @dataclass
 class Lora:
     r: int = 0  # rank; 0: all weights are trained
@@ -266,10 +276,7 @@ def check(cfg: DictConfig) -> None:
         ("model.kind", ("auto", "causal", "seq2seq", "encoder")),
         ("evaluate.decode", ("greedy", "beam", "sample")),
         ("evaluate.final", ("best", "last")),
-        (
-            "evaluate.select",
-            ("bleu", "chrf", "exact_match", "length_ratio", "reward", "preference_accuracy", "correlation"),
-        ),
+        ("evaluate.select", ALL),
         ("run.wandb", ("auto", "online", "offline", "disabled")),
         ("model.dtype", ("float32", "bfloat16", "float16")),
         ("model.compute", ("same", "bfloat16")),
@@ -325,6 +332,13 @@ def check(cfg: DictConfig) -> None:
         if node == "algo" and stage == "rl":
             value = _without_schedules(value, wrong)
         _walk(value, node, wrong)
+    measured = SELECTS.get(str(stage), ())
+    if measured and cfg.evaluate.select in ALL and cfg.evaluate.select not in measured:
+        wrong.append(
+            f"evaluate.select: in stage {stage} one of {', '.join(measured)} picks the best; is '{cfg.evaluate.select}'."
+        )
+    if stage in SELECTS and cfg.data and cfg.data.get("train") is None:
+        wrong.append(f"data.train: the {stage} stage learns from it; name a source.")
     if stage in ("rl", "pref") and cfg.model.lora.dropout:
         wrong.append(f"model.lora.dropout: has no effect in stage {stage}, which runs without dropout.")
     if stage in ("rm", "evaluate_rm") and cfg.evaluate.decode != "greedy":
