@@ -74,7 +74,13 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
         plus = "+" if group in ("algo", "preset") else ""
         lines = [f"{name}  ({group}" + (f", stage {content['stage']})" if content.get("stage") else ")"), ""]
         if target is None:
-            lines += [path.read_text(encoding="utf-8").rstrip(), *(_memory(content) if group == "preset" else [])]
+            bases = [
+                e for e in content.get("defaults", []) if isinstance(e, str) and e.startswith("_") and e != "_self_"
+            ]
+            lines += [path.read_text(encoding="utf-8").rstrip()]
+            for base in bases:
+                lines += ["", f"{base}:", path.with_name(f"{base}.yaml").read_text(encoding="utf-8").rstrip()]
+            lines += [*(_memory(content) if group == "preset" else [])]
             if "_target_" in content:
                 lines += ["", doc_of(content["_target_"]), "", f"settings ({group}.NAME=VALUE):", *_lines(content)]
         else:

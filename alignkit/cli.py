@@ -115,7 +115,9 @@ def train(words: list[str]) -> None:
             raise
         if "Ambiguous value" in str(e):
             raise UserError(f"{str(e).splitlines()[0]} Several values are a sweep: alignkit train -m …") from None
-        hint = " Quote a value with braces twice: 'data.prompt=\"{column}\"'." if any("{" in w for w in words) else ""
+        step = next((w.partition("=")[0] for w in words if w.lstrip("+").startswith("more.")), None)
+        hint = f" Words of a step want quotes inside: '{step}=\"algo.steps=5\"'." if step else ""
+        hint += " Quote a value with braces twice: 'data.prompt=\"{column}\"'." if any("{" in w for w in words) else ""
         raise UserError(" ".join(str(x).split("\n")[0] for x in (e, e.__cause__) if x) + hint) from None
 
 
@@ -212,6 +214,8 @@ def evaluate_words(words: list[str]) -> list[str]:
                 f"evaluate: {model}: no such run or folder.{suggest(model, map(str, Path(model).parent.iterdir()))}"
             )
         raise UserError(f"evaluate: {model} is not a run, so name the data: data=NAME (see `alignkit list`).")
+    if any(w in ("data=pairs", "data=custom") for w in rest) and not any(w.startswith("data.train=") for w in rest):
+        given = [*given, "data.train=null"]
     plain = re.fullmatch(r"[\w./:@-]+", model)
     quoted = model if plain else "'" + model.replace("'", r"\'") + "'"
     stage = "evaluate_rm" if _is_reward_model(Path(model)) else "evaluate"

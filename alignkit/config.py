@@ -126,6 +126,9 @@ class Config:
     reward: dict[str, Any] = field(default_factory=dict)
     algo: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Any] = field(default_factory=dict)  # of a pipeline: name → list of command-line words
+    more: dict[str, Any] = field(
+        default_factory=dict
+    )  # of a pipeline: step → a word, or a list of words, behind its own
     evaluate: Evaluate = field(default_factory=Evaluate)
     audit: AuditSettings = field(default_factory=AuditSettings)
     run: RunSettings = field(default_factory=RunSettings)
@@ -225,7 +228,14 @@ def register() -> None:
 
     OmegaConf.register_new_resolver("signature", lambda _root_: signature(_root_), replace=True)
     schema = OmegaConf.structured(Config)
-    for node in ("data", "reward", "algo", "steps", "audit"):  # of audit the second reward: its own keys are typed
+    for node in (
+        "data",
+        "reward",
+        "algo",
+        "steps",
+        "more",
+        "audit",
+    ):  # of audit the second reward: its own keys are typed
         # open nodes, or a sweep over +algo with a fixed algo.lr fails (hydra #283, #2888); `check` closes them
         OmegaConf.set_struct(schema[node], False)
     ConfigStore.instance().store(name="schema", node=schema)
@@ -336,6 +346,13 @@ def check(cfg: DictConfig) -> None:
     if measured and cfg.evaluate.select in ALL and cfg.evaluate.select not in measured:
         wrong.append(
             f"evaluate.select: in stage {stage} one of {', '.join(measured)} picks the best; is '{cfg.evaluate.select}'."
+        )
+    for step in cfg.more:
+        if step not in cfg.steps:
+            wrong.append(f"more.{step}: is not a step of this pipeline.{suggest(step, cfg.steps)}")
+    if stage == "pipeline" and (cfg.algo or cfg.data or cfg.reward):
+        wrong.append(
+            "a pipeline has no algo, data or reward of its own: give a step its words, as in 'more.ppo=\"algo.steps=5\"'."
         )
     if stage in SELECTS and cfg.data and cfg.data.get("train") is None:
         wrong.append(f"data.train: the {stage} stage learns from it; name a source.")

@@ -110,6 +110,13 @@ def resolve(path: str) -> str:
             key=lambda p: int(p.name.rpartition("-")[2]),
         )
         if not saved:
+            if (folder / "report.md").exists() or any(
+                p.is_dir() and (p / "command.txt").exists() for p in folder.iterdir()
+            ):
+                steps = [str(p) for p in folder.iterdir() if (p / "command.txt").exists()]
+                raise UserError(f"model.path={path}: is a pipeline; name one of its steps: {', '.join(sorted(steps))}.")
+            if (folder / "command.txt").exists():
+                raise UserError(f"model.path={path}: this run has not come to a checkpoint. Repeat its command first.")
             raise UserError(f"model.path={path}: neither a model (config.json) nor a run with final/ or checkpoint-N/.")
         folder = saved[-1]
     if (folder / "adapter_config.json").exists():

@@ -35,7 +35,15 @@ from alignkit.progress import Progress
 from alignkit.rewards import Reward
 from alignkit.tracking import Tracker
 
-TRAINING = ("loss", "reward", "kl", "length", "margin", "preference_accuracy")  # of the last step, in result.json
+TRAINING = (
+    "loss",
+    "reward",
+    "kl",
+    "length",
+    "margin",
+    "preference_accuracy",
+    "dev/second",
+)  # of the last step, in result.json
 
 
 class Run:
@@ -528,6 +536,12 @@ def model_card(cfg: DictConfig, result: dict[str, Any]) -> str:
         values = ", ".join(f"{k} {v['value']:.4g}" for k, v in metrics.items() if isinstance(v, dict))
         lines.append(f"- {split}: {values}")
     lines += [f"- {alarm['text']}" for alarm in result["audit"]]
+    if cfg.stage == "rm":
+        lines += [
+            "", "`alignkit evaluate` and `reward=learned` read it with its template, tokens and scale: `reward_model.json`. Where",
+            "`architectures` of `config.json` ends in ForSequenceClassification, transformers gives the same scores for the ids of",
+            "the prompt (without an end token), of the response (without special tokens) and the end token, less `mean` and over `std`.",
+        ]  # fmt: skip
     lines += ["", "```yaml", OmegaConf.to_yaml(OmegaConf.create(whole(cfg))), "```", ""]
     return "\n".join(lines)
 

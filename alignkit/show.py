@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from omegaconf import DictConfig, OmegaConf
 
 from alignkit.data import Data
 
 
 def show_rows(cfg: DictConfig, data: Data) -> None:
-    """Print rows as the model will see them: prompt tokens dim, trained response tokens in brackets, then their ids."""
+    """Print rows as the model will see them: prompt tokens dim, response tokens in brackets, then their ids; both of a pair."""
     from rich.console import Console
     from rich.text import Text
 
-    from alignkit.policy import load
+    from alignkit import policy, reward_model
 
     rows = data.rows("train")
-    policy = load(OmegaConf.to_object(cfg.model), cfg.seed, data.texts())  # type: ignore[arg-type]
+    cfg_model: Any = OmegaConf.to_object(cfg.model)
+    if cfg.stage == "rm":
+        reading = reward_model.Reading(template=cfg.algo.get("template", "{prompt}"))
+        reader: Any = reward_model.build(cfg_model, reading, cfg.seed, data.texts())
+    else:
+        reader = policy.load(cfg_model, cfg.seed, data.texts())
+    sides = data.sides if cfg.stage in ("rm", "pref") else ("response",)
     console = Console()
-    for row, ids in zip(rows[: data.show], policy.encode_prompts(rows[: data.show]), strict=True):
-        line = Text(f"row {row['id']}  ", style="bold")
-        line.append(policy.tokenizer.decode(ids), style="dim")
-        answer = policy.encode_responses([row["response"]])[0] if row["response"] is not None else []
-        for token in answer:
-            line.append(f"[{policy.tokenizer.decode([token])}]", style="green")
-        console.print(line, soft_wrap=True)
-        console.print(
-            f"  {len(ids)} prompt tokens; {len(answer)} trained: {answer}; references: {row['references']}",
-            style="dim",
-            markup=False,
-        )
+    for row, ids in zip(rows[: data.show], reader.prompt_ids(rows[: data.show]), strict=True):
+        for side in sides:
+            line = Text(f"row {row['id']}{'' if side == 'response' else f' {side}'}  ", style="bold")
+            line.append(reader.tokenizer.decode(ids), style="dim")
+            answer = reader.encode_responses([row[side]])[0] if row[side] is not None else []
+            for token in answer:
+                line.append(f"[{reader.tokenizer.decode([token])}]", style="green")
+            console.print(line, soft_wrap=True)
+            more = f"ratings: {row['ratings']}" if "ratings" in row else f"references: {row['references']}"
+            console.print(
+                f"  {len(ids)} prompt tokens; {len(answer)} of the response: {answer}; {more}",
+                style="dim",
+                markup=False,
+            )

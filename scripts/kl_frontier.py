@@ -18,6 +18,8 @@ from pathlib import Path
 
 def trace(run: Path, metric: str) -> list[tuple[float, float]]:
     """(KL, metric) at every dev evaluation, in order; the start is at KL 0."""
+    if not (run / "metrics.jsonl").is_file():
+        raise SystemExit(f"{run}: no run (no metrics.jsonl). Of a pipeline, name the RL step's folder.")
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if x]
     if not any("kl" in line for line in lines):
         raise SystemExit(f"{run}: no KL was logged; the run has no reference model (algo.kl, or algo.kl_limit).")
@@ -41,14 +43,14 @@ def main() -> None:
     parser.add_argument("--metric", default="dev/reward")
     parser.add_argument("--at", type=float, nargs="+", default=[1, 2, 4, 8])
     args = parser.parse_args()
+    traces = {run: trace(run, args.metric) for run in args.runs}
     print(f"{args.metric} at a KL of …, and at the end\n")
     print("| run | 0 | " + " | ".join(f"{kl:g}" for kl in args.at) + " | end (its KL) |")
     print("|---" * (len(args.at) + 3) + "|")
-    for run in args.runs:
-        points = trace(run, args.metric)
+    for run, points in traces.items():
         cells = [points[0][1], *(at_kl(points, kl) for kl in args.at)]
         shown = ["" if math.isnan(x) else f"{x:.3f}" for x in cells]
-        print(f"| {run.name} | " + " | ".join(shown) + f" | {points[-1][1]:.3f} ({points[-1][0]:.2f}) |")
+        print(f"| {run} | " + " | ".join(shown) + f" | {points[-1][1]:.3f} ({points[-1][0]:.2f}) |")
 
 
 if __name__ == "__main__":

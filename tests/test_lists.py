@@ -217,7 +217,7 @@ def test_a_frontier_is_read_where_the_kl_is_first_reached(tmp_path: Path) -> Non
         text=True,
         check=True,
     )
-    assert f"| {tmp_path.name} | 1.000 | 1.500 | 3.000 |  | 3.000 (4.00) |" in done.stdout
+    assert f"| {tmp_path} | 1.000 | 1.500 | 3.000 |  | 3.000 (4.00) |" in done.stdout
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "dev/reward": 1.0}) + "\n")
     done = subprocess.run(
         [sys.executable, SCRIPTS / "kl_frontier.py", tmp_path], capture_output=True, text=True, check=False

@@ -93,6 +93,10 @@ class HeldOut:
             for row, response, score in zip(batch.rows, batch.responses, scores, strict=True):
                 entry = {"prompt": row["prompt"], "references": row["references"], "response": response}
                 entries.append(entry | ({} if score is None else {"reward": score}))
+        if rows and not any(e["response"].strip() for e in entries):
+            self.run.progress.say(
+                f"warning: every response to the {split} rows is empty. Does the prompt look as in training?"
+            )
         if self.ranked:
             entries = [e | {"preference_accuracy": x} for e, x in zip(entries, self.ranked(split, rows), strict=True)]
         scored = metrics.sentences(
@@ -133,7 +137,9 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: None, reward: Any) -> dict[
 def table(columns: dict[str, Table]) -> str:
     """Markdown: a row per metric, a column per system, 95 % intervals in brackets."""
     names = list(next(iter(columns.values())))
-    lines = ["| metric | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = {int(c["n"]) for c in next(iter(columns.values())).values() if "n" in c}
+    lines = [f"| metric ({max(rows):,} rows) | " if rows else "| metric | "]
+    lines = [lines[0] + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
         cells = [cell(name, column[name]) if name in column else "" for column in columns.values()]
         lines.append(f"| {LABELS.get(name, name)} | " + " | ".join(cells) + " |")
@@ -159,6 +165,8 @@ def report(result: dict[str, Any]) -> str:
     if result.get("samples"):
         tokens = ", ".join(f"{v:,} tokens {k}" for k, v in result["tokens"].items())
         lines.append(f"{result['steps']} steps, {result['samples']:,} samples, {tokens}.")
+    if "dev/second" in result.get("training", {}):
+        lines.append(f"second reward (audit.reward) of these weights on dev: {result['training']['dev/second']:.3f}.")
     lines += [alarm["text"] for alarm in result.get("audit", [])]
     lines.append(f"files: {result['directory']}")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Run every step of ``cfg.steps`` (name → command-line words); ``{name}`` in a word is that earlier step's directory.
 
     A step's words are ``train`` words. ``run.dir`` inside the pipeline's own directory, its seed and its wandb mode
-    are put before them; other overrides belong into the step's words (``steps.NAME=[…]``). Each step is a process of its own, so that its memory is given back.
+    are put before them, ``cfg.more`` behind them (``more.ppo="algo.steps=5"``). Each step is a process of its own, so that its memory is given back.
 
     Raises:
         UserError: a step that fails, or a word that names an unknown step.
@@ -32,7 +32,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     done: dict[str, str] = {}
     results: dict[str, Any] = {}
     steps: Any = OmegaConf.to_container(cfg.steps, resolve=True)
+    more: Any = OmegaConf.to_container(cfg.more, resolve=True)
     for name, words in steps.items():
+        added = more.get(name, [])
+        words = [*words, *([added] if isinstance(added, str) else added)]
         words = [
             f"run.dir={directory / name}",
             f"seed={cfg.seed}",
