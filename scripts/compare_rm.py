@@ -2,7 +2,8 @@
 
     python scripts/compare_rm.py DATA --seeds 0 1 2 3 4 --epochs 6 --root runs/compare
 
-DATA is a folder of ``scripts/prepare_pairs.py``. Runs that are finished are not repeated. Further words go to every run.
+DATA is a folder of ``scripts/prepare_pairs.py``. The random encoder is the control of a cosine that knows no meanings; for a real one add
+``algo.constraint.encoder=…``. Runs that are finished are not repeated. Further words go to every run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ARMS = {
     "bt": ["+algo=bt"],
     "length (10, .001, -5)": ["+algo=pcrm"],
     "length (20, .001, -15)": ["+algo=pcrm", "algo.constraint.beta1=20", "algo.constraint.beta3=-15"],
-    "cosine (20, .001, -15)": ["+algo=pcrm", "algo.constraint.kind=cosine", "algo.constraint.beta1=20", "algo.constraint.beta3=-15"],
+    "random encoder (20, .001, -15)": ["+algo=pcrm", "algo.constraint.kind=cosine", "algo.constraint.beta1=20", "algo.constraint.beta3=-15"],
     "fixed 4.5": ["+algo=pcrm", "algo.constraint.kind=fixed"],
     "random U(4, 5)": ["+algo=pcrm", "algo.constraint.kind=random"],
 }  # fmt: skip

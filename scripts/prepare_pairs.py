@@ -72,7 +72,7 @@ FORMATS: dict[str, Callable[[Row], Row | None]] = {
 
 
 def split_of(prompt: str) -> str:
-    """70 % of the prompts train, 10 % dev, 20 % test, whatever else is in the file."""
+    """70 % of the prompts train, 10 % dev, 20 % test, whatever else is in the file; a dialogue goes by its first turn."""
     share = int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) / 16**8
     return "train" if share < 0.7 else "dev" if share < 0.8 else "test"
 
@@ -91,7 +91,7 @@ def main() -> None:
         print(f"the longer response is the chosen one in {longer / len(pairs):.1%}")
     args.out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "dev", "test"):
-        part = [p for p in pairs if split_of(p["prompt"]) == split]
+        part = [p for p in pairs if split_of(p["prompt"].split("\n\nAssistant:")[0]) == split]
         (args.out / f"{split}.jsonl").write_text(
             "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in part), encoding="utf-8"
         )
