@@ -76,7 +76,7 @@ def report(results: dict[str, dict[str, Any]]) -> str:
             lines.append(f"| {step} | verdict | | {result['verdict']} |")
         if "kl" in result.get("training", {}):
             lines.append(f"| {step} | KL to the start, nats a response* | 0 | {result['training']['kl']:.2f} |")
-            note = "\n\\* of the samples from which the last step of these weights learned"
+            note = "\n\n\\* of the samples from which the last step of these weights learned"
     return "\n".join(lines) + note
 
 
