@@ -129,7 +129,10 @@ def _job(cfg: object) -> float | None:
 
     assert isinstance(cfg, DictConfig)
     try:
-        return objective(launch(cfg), cfg)
+        result = launch(cfg)
+        if not result:  # rows were shown, nothing was run
+            _remove_if_empty(Path(cfg.run.dir))
+        return objective(result, cfg)
     except UserError as e:
         _remove_if_empty(Path(cfg.run.dir))
         _leave(f"error: {e}", 2)

@@ -314,3 +314,25 @@ def test_doctor_sees_a_folder_that_cannot_be_written(
     code, out, _ = cli("doctor")
     assert code == 1
     assert "\nwhat is wrong:\n" in out and "  - this folder cannot be written" in out
+
+
+@pytest.mark.parametrize("kind", ["alignkit", "transformers", "policy"])
+def test_evaluate_knows_a_reward_model(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "final").mkdir()
+    names = ["LlamaForCausalLM" if kind == "policy" else "LlamaForSequenceClassification"]
+    (tmp_path / "final" / "config.json").write_text(f'{{"architectures": {names}}}'.replace("'", '"'), encoding="utf-8")
+    if kind == "alignkit":
+        (tmp_path / "final" / "reward_model.json").write_text("{}", encoding="utf-8")
+    wanted = "evaluate" if kind == "policy" else "evaluate_rm"
+    assert evaluate_words([str(tmp_path), "data=polite"])[0] == f"+algo={wanted}"
+    assert "data.train=null" in evaluate_words([str(tmp_path), "data=pairs", "data.test=x.jsonl"])
+
+
+def test_words_for_one_step_of_a_pipeline() -> None:
+    cfg = composed(["+preset=rlhf_tiny", 'more.ppo="algo.steps=5"', 'more.rm=["algo.epochs=1","seed=3"]'])
+    check(cfg)
+    assert (cfg.more.ppo, list(cfg.more.rm)) == ("algo.steps=5", ["algo.epochs=1", "seed=3"])
+    with pytest.raises(UserError, match=r"more\.pp: is not a step of this pipeline\. Did you mean 'ppo'"):
+        check(composed(["+preset=rlhf_tiny", 'more.pp="algo.steps=5"']))
+    with pytest.raises(UserError, match="a pipeline has no algo, data or reward of its own"):
+        check(composed(["+preset=rlhf_tiny", "+algo.steps=5"]))

@@ -10,10 +10,11 @@ from safetensors.torch import load_model, save_model
 
 from alignkit import losses, ops, reward_model
 from alignkit.algos.ppo import PPO
-from alignkit.config import Model
+from alignkit.config import Lora, Model
 from alignkit.critic import Critic
 from alignkit.decode import Decode
 from alignkit.errors import UserError
+from alignkit.policy import load
 
 EDGES = torch.linspace(-1, 1, 9, dtype=torch.float64)  # the card's support: [-1, 1], 8 bins
 SIGMA = 0.1875
@@ -345,3 +346,26 @@ def test_a_critic_of_another_shape_is_refused(tmp_path, build_policy) -> None:
         Critic(path=str(tmp_path / "rm")).build(other.model)
     with pytest.raises(ValueError, match="trunk=separate"):
         Critic(path="x", trunk="shared")
+
+
+def test_a_policy_whose_padding_is_its_end_token_has_its_critic_too(tmp_path, build_policy, rows) -> None:
+    """The reward model has a padding token of its own, a row more than the policy."""
+    policy = build_policy("causal")
+    policy.tokenizer.pad_token = policy.tokenizer.eos_token
+    policy.export(tmp_path / "policy")
+    model = reward_model.build(Model(path=str(tmp_path / "policy"), device="cpu"), reward_model.Reading(), 3, [])
+    model.save(tmp_path / "rm")
+    added = len(model.model.backbone.get_input_embeddings().weight) - len(policy.model.get_input_embeddings().weight)
+    assert added == 1
+    policy.critic = Critic(path=str(tmp_path / "rm")).build(policy.model)
+    with torch.no_grad():
+        assert policy.value_outputs(policy.demonstrations(rows(2))).abs().max() > 0
+
+
+def test_a_critic_beside_adapters_is_refused(tmp_path, build_policy) -> None:
+    build_policy("causal").export(tmp_path / "policy")
+    start = Model(path=str(tmp_path / "policy"), device="cpu")
+    reward_model.build(start, reward_model.Reading(), 3, []).save(tmp_path / "rm")
+    policy = load(Model(path=str(tmp_path / "policy"), device="cpu", lora=Lora(r=2)), 0)
+    with pytest.raises(UserError, match=r"critic\.path needs a policy whose weights are all trained"):
+        Critic(path=str(tmp_path / "rm")).build(policy.model)

@@ -102,3 +102,12 @@ def test_a_pipeline_runs_its_steps_and_skips_finished_ones(tmp_path: Path) -> No
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("is finished; nothing to do") == 2
     assert json.loads(file.read_text())["weights_sha256"] == result["weights_sha256"]
+
+
+def test_rows_of_pairs_are_shown_on_both_sides(tmp_path: Path) -> None:
+    """Before a reward model of any kind is trained, and before a preference loss."""
+    for words in (["+algo=bt"], ["+algo=dpo"]):
+        done = command("train", *words, "data.show=1", f"run.root={tmp_path}")
+        assert done.returncode == 0, done.stderr
+        assert "row 0 chosen" in done.stdout and "row 0 rejected" in done.stdout
+    assert not list(tmp_path.iterdir())

@@ -50,18 +50,8 @@ class HeldOut:
         return {f"dev/{name}": float(value[0]) for name, value in scored.items()}
 
     def selected(self, dev: dict[str, float]) -> float:
-        """The dev value that picks the best checkpoint.
-
-        Raises:
-            UserError: ``evaluate.select`` names a metric that these rows do not have.
-        """
-        value = dev.get(f"dev/{self.cfg.select}")
-        if value is None:
-            names = [name.removeprefix("dev/") for name in dev]
-            raise UserError(
-                f"evaluate.select={self.cfg.select}: not measured on these rows.{suggest(self.cfg.select, names)}"
-            )
-        return value
+        """The dev value that picks the best checkpoint."""
+        return picked(self.cfg.select, dev)
 
     def test(self, policy: Policy, name: str, split: str = "test") -> dict[str, Table]:
         """Metrics of a split with intervals, as ``{split: …}``; writes ``outputs-{name}.jsonl``.
@@ -114,6 +104,19 @@ class HeldOut:
         how = Decode(max_new_tokens=self.cfg.max_new_tokens, greedy=self.cfg.decode == "greedy")
         tau = torch.full((len(rows),), self.cfg.temperature)
         return policy.generate(rows, 1, how, temperature=tau, generator=self.run.generator(first, "evaluate"))
+
+
+def picked(select: str, dev: dict[str, float]) -> float:
+    """The value of the metric that ``evaluate.select`` names.
+
+    Raises:
+        UserError: these rows do not have it.
+    """
+    value = dev.get(f"dev/{select}")
+    if value is None:
+        names = [name.removeprefix("dev/") for name in dev]
+        raise UserError(f"evaluate.select={select}: not measured on these rows.{suggest(select, names)}")
+    return value
 
 
 def run(cfg: DictConfig, run: Run, data: Data, algo: None, reward: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from alignkit.errors import UserError, suggest
 from alignkit.reward_model import both_sides
 from alignkit.rewards import of_texts, scores_of
 from alignkit.run import Run
-from alignkit.stages.evaluate import Table, table
+from alignkit.stages.evaluate import Table, picked, table
 
 
 class HeldOutRewards:
@@ -42,18 +42,8 @@ class HeldOutRewards:
         return {f"dev/{name}": cell["value"] for name, cell in tables.items()}
 
     def selected(self, dev: dict[str, float]) -> float:
-        """The dev value that picks the best checkpoint.
-
-        Raises:
-            UserError: ``evaluate.select`` names a metric that these rows do not have.
-        """
-        value = dev.get(f"dev/{self.cfg.select}")
-        if value is None:
-            names = [name.removeprefix("dev/") for name in dev]
-            raise UserError(
-                f"evaluate.select={self.cfg.select}: not measured on these rows.{suggest(self.cfg.select, names)}"
-            )
-        return value
+        """The dev value that picks the best checkpoint."""
+        return picked(self.cfg.select, dev)
 
     def test(self, model: Any, name: str, split: str = "test") -> dict[str, Table]:
         """Metrics of a split, with intervals where they are means over rows; writes ``outputs-{name}.jsonl``."""
