@@ -126,10 +126,10 @@ class HeldOutRewards:
 
     def _measure_lists(self, model: Any, rows: list[Row]) -> tuple[Any, list[dict[str, Any]], dict[str, float]]:
         """How the model ranks each prompt's candidates, against their true scores or what ``reward`` gives them."""
+        every = [[{**row, "response": text} for text in row["candidates"]] for row in rows]
+        scores = iter(model.score([one for each in every for one in each]).tolist())
         entries = []
-        for row in rows:
-            texts = row["candidates"]
-            each = [{**row, "response": text} for text in texts]
+        for row, each in zip(rows, every, strict=True):
             if self.reward is not None:
                 golden = scores_of(self.reward, of_texts(each)).tolist()
             elif row["golden"] is not None:
@@ -137,7 +137,12 @@ class HeldOutRewards:
             else:
                 raise UserError("candidates have no true scores. Set data.golden, or a reward that gives them.")
             entries.append(
-                {"prompt": row["prompt"], "candidates": texts, "golden": golden, "scores": model.score(each).tolist()}
+                {
+                    "prompt": row["prompt"],
+                    "candidates": row["candidates"],
+                    "golden": golden,
+                    "scores": [next(scores) for _ in each],
+                }
             )
         return self._stats(entries), entries, {}
 
