@@ -130,7 +130,7 @@ def _job(cfg: object) -> float | None:
     assert isinstance(cfg, DictConfig)
     try:
         result = launch(cfg)
-        if not result:  # rows were shown, nothing was run
+        if cfg.data.get("show"):  # nothing was run
             _remove_if_empty(Path(cfg.run.dir))
         return objective(result, cfg)
     except UserError as e:
