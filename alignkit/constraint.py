@@ -24,9 +24,10 @@ KEY = "constraint.similarity"  # under which a row of the data carries the simil
 class Constraint:
     """The ceiling delta* = beta1 / (s + beta2) + beta3 of a pair whose responses have similarity s, and its loss.
 
-    Formulas and constants (of ``length_ratio``; for ``cosine`` it has 20, .001, -15) are the authors' released code; the paper's text was not at hand. Of theirs, ``cosine`` reads
-    prompt and response together (``scope=prompt_response``), by the first state of a frozen BERT. Ours: an encoder is
-    optional (else the start model is taken: its mean states, of an encoder its first), similarity is of the responses alone, a raw cosine is not below 0, and
+    Formulas and constants are the authors' released code (of ``cosine`` it has 20, .001, -15; the defaults here are of
+    ``length_ratio``); the paper's text was not at hand. Its ``cosine`` reads prompt and response together
+    (``scope=prompt_response``), by the first state of a frozen BERT. Ours: an encoder is optional (else the start model is
+    taken, its mean states, of an encoder its first), similarity is of the responses alone, a raw cosine is not below 0, and
     responses that are equal to the model (after a cut) are as alike as can be.
     """
 

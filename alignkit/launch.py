@@ -176,12 +176,8 @@ def _models(value: Any, path: str) -> Iterator[tuple[str, Path]]:
 
 
 def _hash_folder(folder: Path) -> str:
-    """SHA-256 over the weights and settings of a model, of a run those of its final one, or of its last checkpoint."""
-    saved = [p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()]
-    if (folder / "final").is_dir():
-        folder = folder / "final"
-    elif saved and not (folder / "config.json").exists():
-        folder = max(saved, key=lambda p: int(p.name[11:]))
+    """SHA-256 over the weights and settings of a model, of a run those of its final one."""
+    folder = folder / "final" if (folder / "final").is_dir() else folder
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json")):
         digest.update(file.read_bytes())

@@ -32,6 +32,7 @@ class RM(Fit):
     template: str = "{prompt}"  # around a prompt that is text; saved with the model
     max_tokens: int | None = None  # of prompt and response: responses are cut at the end, then prompts at the beginning
     trained: Literal["all", "head"] = "all"  # head: the backbone stays as it is
+    temperature: ClassVar[float] = 1.0  # margins are over it; a method that has one declares a setting of this name
     wants: ClassVar[str] = "pairs"  # or ratings: what there is to learn from
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class RM(Fit):
             head=self.head,
             template=self.template,
             pooling=self.pooling,
-            temperature=getattr(self, "temperature", 1.0),
+            temperature=self.temperature,
             pattern=list(self.pattern),
             max_tokens=self.max_tokens,
         )

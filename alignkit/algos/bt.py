@@ -27,7 +27,7 @@ class BT(RM):
     around 0 (its mean, not the difference, is free under the loss).
     """
 
-    temperature: float = 1.0  # d is divided by it, of the trained model too
+    temperature: float = 1.0  # type: ignore[misc]  # d is divided by it, of the trained model too
     smoothing: float = 0.0  # share of labels taken for flipped
     centring: float = 0.0  # weight of the squared sum of both scores
     margin: Literal["none", "subtract", "scale"] = "none"  # what the pair's margin does
