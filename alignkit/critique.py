@@ -1,0 +1,107 @@
+"""The text of a critique: an answer, what is said about it, its score, and a better answer; written and read back.
+
+The literal markers are those of SRT (arXiv 2406.07168, Table 1), whose prompt and post-filter spell them differently; so
+they are read tolerantly. How the authors tell weaknesses from suggestions is not stated: here by a heading of each.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+FEEDBACK = "### Feedback"
+IMPROVED = "### Improved Response"
+KEEPS = ("full", "no_score", "no_suggestion", "no_weakness", "no_feedback", "refinement_only")  # Table 6
+
+_FLAGS = re.MULTILINE | re.IGNORECASE | re.ASCII
+_SCORE = re.compile(r"(?:#+[ \t]*)?Overall\s+Score\s*:?\s*\[\[\s*(10|[1-9])\s*\]\]", _FLAGS)
+_IMPROVED = re.compile(r"^[ \t]*#+[ \t]*Improved[ \t]+Response[ \t]*:?[ \t]*$", _FLAGS)
+_FEEDBACK = re.compile(r"^[ \t]*#+[ \t]*Feedback[ \t]*:?[ \t]*$", _FLAGS)
+_HEADING = r"^[ \t]*(?:#+[ \t]*)?(?:\d+[.)][ \t]*)?[*_]*(?:{words})[*_]*[ \t]*:[*_]*"
+_WEAKNESSES = re.compile(_HEADING.format(words=r"(?:identif(?:y|ied)[ \t]+)?weak(?:ness(?:es)?)?"), _FLAGS)
+_SUGGESTIONS = re.compile(
+    _HEADING.format(words=r"(?:offer[ \t]+)?(?:actionable[ \t]+)?(?:advi[cs]e|suggestions?)"), _FLAGS
+)
+
+
+@dataclass(frozen=True)
+class Critique:
+    """What a critic says of a response; a part that it does not write is empty, or None."""
+
+    weaknesses: str
+    suggestions: str
+    score: int | None  # 1 to 10
+    raw: str  # the feedback as it was written, without its headings
+    refinement: str
+
+    @property
+    def missing(self) -> str | None:
+        """The first part that is not there (rule 1 of the paper, and a refinement); None where all are."""
+        parts = {
+            "weaknesses": self.weaknesses, "suggestions": self.suggestions, "score": self.score, "refinement": self.refinement,
+        }  # fmt: skip
+        return next((name for name, part in parts.items() if not part), None)
+
+
+def parse(text: str) -> Critique:
+    """What comes after ``### Feedback``, or with it, taken apart; anything is accepted, and what is not found is empty.
+
+    The score is the last valid one before the refinement, which begins at the first heading for it that follows a score (at
+    the first of all, where none does): a heading that the feedback quotes does not end it.
+    """
+    begin = _FEEDBACK.search(text)
+    headings = list(_IMPROVED.finditer(text))
+    if begin and not (headings and headings[0].start() < begin.start()):
+        text = text[begin.end() :]
+        headings = list(_IMPROVED.finditer(text))
+    scored = _SCORE.search(text)
+    later = [h for h in headings if scored and h.start() >= scored.end()]
+    heading = (later or headings or [None])[0]
+    raw, refinement = (text[: heading.start()], text[heading.end() :]) if heading else (text, "")
+    scores = _SCORE.findall(raw)
+    weaknesses, suggestions = _fields(raw)
+    return Critique(weaknesses, suggestions, int(scores[-1]) if scores else None, raw.strip(), refinement.strip())
+
+
+def _fields(feedback: str) -> tuple[str, str]:
+    """The texts under the headings of weaknesses and suggestions, each up to the next heading or the score."""
+    found = {"w": _WEAKNESSES.search(feedback), "s": _SUGGESTIONS.search(feedback)}
+    scores = list(_SCORE.finditer(feedback))
+    starts = sorted([m.start() for m in found.values() if m] + [m.start() for m in scores] + [len(feedback)])
+    texts = {}
+    for name, match in found.items():
+        end = next((s for s in starts if match and s >= match.end()), 0)
+        texts[name] = feedback[match.end() : end].strip() if match else ""
+    return texts["w"], texts["s"]
+
+
+def has_marker(text: str) -> bool:
+    """Whether a text holds a heading that would end it, were it part of a sequence."""
+    return bool(_FEEDBACK.search(text) or _IMPROVED.search(text))
+
+
+def written(response: str, weaknesses: str, suggestions: str, score: int, refinement: str, keep: str = "full") -> str:
+    """The sequence that a model learns to write: answer, feedback, better answer.
+
+    Args:
+        keep: which parts of the feedback stay (Table 6 of the paper); ``refinement_only`` is the better answer alone.
+    """
+    if keep == "refinement_only":
+        return refinement
+    return f"{response}\n\n{FEEDBACK}\n{feedback(weaknesses, suggestions, score, keep)}\n\n{IMPROVED}\n{refinement}"
+
+
+def feedback(weaknesses: str, suggestions: str, score: int, keep: str = "full") -> str:
+    """The feedback between the two headings, one line or more a part."""
+    parts = {
+        "no_weakness": f"Weaknesses: {weaknesses}",
+        "no_suggestion": f"Suggestions: {suggestions}",
+        "no_score": f"Overall Score: [[{score}]]",
+    }
+    return "" if keep == "no_feedback" else "\n".join(text for without, text in parts.items() if without != keep)
+
+
+def answer(text: str) -> str:
+    """The first answer in what a model wrote: all before the first marker."""
+    marker = _FEEDBACK.search(text)
+    return (text[: marker.start()] if marker else text).strip()
