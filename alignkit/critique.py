@@ -34,12 +34,15 @@ class Critique:
     raw: str  # the feedback as it was written, without its headings
     refinement: str
 
-    @property
-    def missing(self) -> str | None:
-        """The first part that is not there (rule 1 of the paper, and a refinement); None where all are."""
-        parts = {
-            "weaknesses": self.weaknesses, "suggestions": self.suggestions, "score": self.score, "refinement": self.refinement,
-        }  # fmt: skip
+    def missing(self, fields: bool = False) -> str | None:
+        """The first part that is not there; None where all are.
+
+        Rule 1 of the paper asks for weaknesses, score and suggestions, its post-filter for the keywords alone: a score and an
+        improved response. ``fields``: weaknesses and suggestions too, each under its heading.
+        """
+        parts: dict[str, object] = {"score": self.score, "refinement": self.refinement}
+        if fields:
+            parts |= {"weaknesses": self.weaknesses, "suggestions": self.suggestions}
         return next((name for name, part in parts.items() if not part), None)
 
 
@@ -64,9 +67,14 @@ def parse(text: str) -> Critique:
 
 
 def _fields(feedback: str) -> tuple[str, str]:
-    """The texts under the headings of weaknesses and suggestions, each up to the next heading or the score."""
+    """The texts under the headings of weaknesses and suggestions, each up to the next heading or the score.
+
+    Without either heading all before the score counts as weaknesses.
+    """
     found = {"w": _WEAKNESSES.search(feedback), "s": _SUGGESTIONS.search(feedback)}
     scores = list(_SCORE.finditer(feedback))
+    if not any(found.values()):
+        return (feedback[: scores[-1].start()] if scores else feedback).strip(), ""
     starts = sorted([m.start() for m in found.values() if m] + [m.start() for m in scores] + [len(feedback)])
     texts = {}
     for name, match in found.items():
@@ -92,13 +100,15 @@ def written(response: str, weaknesses: str, suggestions: str, score: int, refine
 
 
 def feedback(weaknesses: str, suggestions: str, score: int, keep: str = "full") -> str:
-    """The feedback between the two headings, one line or more a part."""
+    """The feedback between the two headings, one line or more a part; an empty part has no line."""
     parts = {
-        "no_weakness": f"Weaknesses: {weaknesses}",
-        "no_suggestion": f"Suggestions: {suggestions}",
+        "no_weakness": weaknesses and f"Weaknesses: {weaknesses}",
+        "no_suggestion": suggestions and f"Suggestions: {suggestions}",
         "no_score": f"Overall Score: [[{score}]]",
     }
-    return "" if keep == "no_feedback" else "\n".join(text for without, text in parts.items() if without != keep)
+    return (
+        "" if keep == "no_feedback" else "\n".join(text for without, text in parts.items() if text and without != keep)
+    )
 
 
 def answer(text: str) -> str:
