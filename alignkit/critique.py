@@ -59,7 +59,7 @@ def parse(text: str) -> Critique:
         headings = list(_IMPROVED.finditer(text))
     scored = _SCORE.search(text)
     later = [h for h in headings if scored and h.start() >= scored.end()]
-    heading = (later or headings or [None])[0]
+    heading = next(iter(later or headings), None)
     raw, refinement = (text[: heading.start()], text[heading.end() :]) if heading else (text, "")
     scores = _SCORE.findall(raw)
     weaknesses, suggestions = _fields(raw)
@@ -96,7 +96,8 @@ def written(response: str, weaknesses: str, suggestions: str, score: int, refine
     """
     if keep == "refinement_only":
         return refinement
-    return f"{response}\n\n{FEEDBACK}\n{feedback(weaknesses, suggestions, score, keep)}\n\n{IMPROVED}\n{refinement}"
+    said = feedback(weaknesses, suggestions, score, keep)
+    return f"{response}\n\n{FEEDBACK}\n{said + chr(10) if said else ''}\n{IMPROVED}\n{refinement}"
 
 
 def feedback(weaknesses: str, suggestions: str, score: int, keep: str = "full") -> str:
