@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from alignkit.config import conf_dir
+from alignkit.config import GROUPS, conf_dir
 from alignkit.errors import UserError, suggest
 from alignkit.signature import doc_of, settings_of
 
@@ -54,7 +54,7 @@ def listing(extra: list[Path] = []) -> str:  # noqa: B006
             lines += [f"  +algo={n:<14} {_idea(c) or _header(files[n])}" for n, c in here.items()]
     lines.append("presets:")
     lines += [f"  +preset={name:<20} {_header(path)}" for name, path in options("preset", extra).items()]
-    for group in ("model", "data", "reward"):
+    for group in ("model", "data", "reward", "critic", "prompt"):
         lines.append(f"{group}:")
         lines += [f"  {group}={name:<20} {_header(path)}" for name, path in options(group, extra).items()]
     lines += ["", "More of one: alignkit show NAME. Run one: alignkit train +algo=NAME."]
@@ -65,7 +65,7 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
     """A method's card: idea, settings with defaults, example. Presets and other options: their file."""
     if name == "settings":
         return _settings()
-    for group in ("algo", "preset", "model", "data", "reward"):
+    for group in GROUPS:
         path = options(group, extra).get(name)
         if path is None:
             continue
@@ -100,9 +100,9 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
             example = "alignkit train +algo=evaluate_rm model.path=RUN data=polite"
         example += "".join(f" {key}=VALUE" for key in _left_open(group, path, extra))
         return "\n".join([*lines, "", f"example: {example}"])
-    every = [n for group in ("algo", "preset", "model", "data", "reward") for n in options(group, extra)]
+    every = [n for group in GROUPS for n in options(group, extra)]
     raise UserError(
-        f"'{name}' is neither a method nor a preset, model, data set or reward.{suggest(name, [*every, 'settings'])}"
+        f"'{name}' is neither a method nor a preset, model, data set, reward, critic or prompt.{suggest(name, [*every, 'settings'])}"
     )
 
 

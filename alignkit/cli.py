@@ -158,6 +158,7 @@ def hydra_words(words: list[str]) -> list[str]:
     else:
         words = [f"+{w}" if w.startswith("algo=") else w for w in words]
     words = [re.sub(r"^\+(model|data|reward)=", r"\1=", w) for w in words]  # these groups have a choice to override
+    words = [re.sub(r"^(critic|prompt)=(?=\w)", r"\1@algo.\1=", w) for w in words]  # a part of the method
     multirun = [w for w in words if w in ("-m", "--multirun")]  # Hydra's parser wants its flags first
     words = multirun + [w for w in words if w not in multirun]
     words = [re.sub(r"^(model|data|reward)=null$", r"~\1", w) for w in words]

@@ -15,7 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from alignkit.errors import UserError, suggest
 from alignkit.signature import Setting, settings_of
 
-GROUPS = ("model", "data", "reward", "algo", "preset")
+GROUPS = ("model", "data", "reward", "algo", "preset", "critic", "prompt")
 NEEDS = {  # what a stage cannot do without
     "sft": ("data", "algo"),
     "pref": ("data", "algo"),
@@ -114,6 +114,8 @@ class RunSettings:
     wandb: str = "auto"  # auto (online with a key, else offline) | online | offline | disabled
     project: str = "alignkit"  # wandb project
     threads: int | None = None  # CPU threads; null: torch's choice. Resume is exact for an equal count
+    concurrency: int = 16  # requests to an endpoint at the same time
+    budget: float | None = None  # what requests to endpoints may cost, by the critic's prices; then the run stops
 
 
 @dataclass
@@ -296,7 +298,16 @@ def check(cfg: DictConfig) -> None:
             wrong.append(f"{name}: must be one of {', '.join(allowed)}; is '{chosen}'.")
     if cfg.evaluate.temperature <= 0:
         wrong.append("evaluate.temperature: must be above 0 (evaluate.decode=greedy takes the likeliest token).")
-    for name in ("run.save_every", "run.keep", "evaluate.batch_size", "evaluate.max_new_tokens", "evaluate.beams"):
+    if cfg.run.budget is not None and cfg.run.budget <= 0:
+        wrong.append("run.budget: must be above 0, or null for no limit.")
+    for name in (
+        "run.save_every",
+        "run.keep",
+        "run.concurrency",
+        "evaluate.batch_size",
+        "evaluate.max_new_tokens",
+        "evaluate.beams",
+    ):
         if OmegaConf.select(cfg, name) < 1:
             wrong.append(f"{name}: must be at least 1.")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.model.device):
