@@ -35,3 +35,18 @@ class Critic(Protocol):
     """A model behind an endpoint, one in this process, or a program: the answers to all questions, in their order."""
 
     def ask(self, questions: list[Question], account: Any) -> list[Answer]: ...
+
+
+class Account:
+    def totals(self):
+        return {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *a):
+        pass
+
+
+def account(run):
+    return Account()

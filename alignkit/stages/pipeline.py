@@ -21,8 +21,8 @@ from alignkit.stages import evaluate
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Run every step of ``cfg.steps`` (name → command-line words); ``{name}`` in a word is that earlier step's directory.
 
-    A step's words are ``train`` words. ``run.dir`` inside the pipeline's own directory, its seed and its wandb mode
-    are put before them, ``cfg.more`` behind them (``more.ppo="algo.steps=5"``). Each step is a process of its own, so that its memory is given back.
+    A step's words are ``train`` words. ``run.dir`` inside the pipeline's own directory, its seed, its root and what else of
+    ``run`` a step shares are put before them, ``cfg.more`` behind them (``more.ppo="algo.steps=5"``). Each step is a process of its own, so that its memory is given back.
 
     Raises:
         UserError: a step that fails, or a word that names an unknown step.
@@ -38,6 +38,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         words = [*words, *([added] if isinstance(added, str) else added)]
         words = [
             f"run.dir={directory / name}",
+            f"run.root={cfg.run.root}",
+            f"run.concurrency={cfg.run.concurrency}",
+            f"run.budget={'null' if cfg.run.budget is None else cfg.run.budget}",
             f"seed={cfg.seed}",
             f"run.wandb={cfg.run.wandb}",
             *(_fill(w, done, name) for w in words),
