@@ -73,6 +73,11 @@ LICENSES = {
         "Sums and differences of 4 to 6 digits, worked out step by step. Trained on rows that "
         "scripts/prepare_arithmetic.py makes.",
     ),
+    "lists": (
+        "apache-2.0",
+        "Instructions on lists of digits: sort, reverse, no repeats, keep even. Trained on rows that "
+        "scripts/prepare_lists.py makes, 30 % of them faulty; its vocabulary holds the words of a critique too.",
+    ),
     "nlg": (
         "apache-2.0",
         "Dialogue act to sentence (restaurants and hotels). Trained on the RNNLG data of the Cambridge University "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,10 @@ def one(critic: Any, prompt: str, response: str) -> critique.Critique:
         ("no repeats: 5 3 5 0 3 7", "5 3 0 7"),
         ("keep even: 5 2 0 3 8 8", "2 0 8 8"),
         ("keep even: 5 3 1", "none"),
+        ("write 5 as item 3: 1 3 4 5", "1 3 5 5"),
+        ("write 7 as item 1; drop item 4; drop item 2: 1 3 4 5", "7 4"),  # counted as they stand in the prompt
+        ("write 9 as item 3; write 8 as item 4: 1 3", "1 3 9 8"),
+        ("drop item 2; drop item 3: 1 3", "1"),
     ],
 )
 def test_the_answer(prompt: str, answer: str) -> None:
@@ -113,6 +118,12 @@ def test_only_the_solution_scores_10(prompt: str) -> None:
     assert lists.score(prompt, lists.corrupted(solution, random.Random(prompt))) < 10
 
 
+@given(prompts, answers.filter(lists.parse))
+def test_all_repairs_together_mend_it(prompt: str, answer: str) -> None:
+    if repairs := lists.repairs(prompt, answer):
+        assert lists.solve(f"{'; '.join(repairs)}: {answer}") == lists.solve(prompt)
+
+
 @given(prompts, answers)
 def test_score_faults_and_repairs_agree(prompt: str, answer: str) -> None:
     faults, repairs, score = (f(prompt, answer) for f in (lists.faults, lists.repairs, lists.score))
@@ -143,8 +154,9 @@ def test_the_bundled_rows() -> None:
     faulty = sum(row["response"] != lists.solve(row["prompt"]) for row in rows["train"]) / len(rows["train"])
     assert 0.27 < faulty < 0.33
     assert {row["prompt"].partition(":")[0] for row in rows["test"]} == set(lists.OPERATIONS)
+    assert sum(bool(re.match("write|drop", row["prompt"])) for row in rows["train"]) > 2_900
     drafts = sum(row["draft"] != row["response"] for row in rows["dev"]) / len(rows["dev"])
-    assert 0.4 < drafts < 0.6
+    assert 0.6 < drafts < 0.8
 
 
 def test_the_script_makes_them_again(tmp_path: Path) -> None:
