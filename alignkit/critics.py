@@ -111,8 +111,8 @@ class Fixed:
     as it did, to say the formula, and to copy.
     """
 
-    weaknesses: str = "some items may be wrong"  # said of every response
-    suggestions: str = "look at each item again"  # likewise
+    weaknesses: str = "an item is missing or too much"  # said of every response
+    suggestions: str = "write it again"  # likewise
     score: int = 6  # 1 to 10; the paper's critic gave a first draft 5.3 on average
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ def main(run: Path, name: str) -> None:
     test = result["evaluation"]["after"]["test"]
     metrics = "\n".join(f"| {k} | {v['value']:.2f} | {v['low']:.2f} to {v['high']:.2f} |" for k, v in test.items())
     hashes = "\n".join(
-        f"- {split}: `{digest}` ({data['rows'][split]} rows)" for split, digest in data["sha256"].items()
+        f"- {split}: `{data['sha256'][f'data.{split}']}` ({rows} rows)" for split, rows in data["rows"].items()
     )
     card = f"""---
 library_name: transformers
