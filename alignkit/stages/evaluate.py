@@ -196,7 +196,7 @@ LABELS = {
 }
 
 
-PER_CENT = {"bleu", "chrf", "exact_match", "preference_accuracy", "ties", "macro", "longer_wins"}
+PER_CENT = {"bleu", "chrf", "exact_match", "preference_accuracy", "ties", "macro", "longer_wins", "win_rate"}
 
 
 def cell(name: str, value: dict[str, float]) -> str:
