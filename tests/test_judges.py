@@ -182,7 +182,7 @@ def test_what_the_critic_is_told() -> None:
 
 def test_a_template_with_another_name_is_refused() -> None:
     judge = ByChat(critic=Program(lambda first, second, attempt: "[[A]]"), prompt=Prompt(template="{{ frist }}"))
-    with pytest.raises(UserError, match="asks for 'frist'. Did you mean 'first'?"):
+    with pytest.raises(UserError, match=r"asks for 'frist'\. Did you mean 'first'\?"):
         judge.prefer(ROWS[:1], ["x"], ["y"], None)
 
 

@@ -131,11 +131,7 @@ def test_dev_rows_where_there_is_no_test(place: Path) -> None:
 
 def test_outputs_that_a_run_has_written(tmp_path: Path) -> None:
     """What stage evaluate writes can be judged, with all columns of its rows; who is compared with himself ties."""
-    own = [*SMALL_SEQ2SEQ, "data=rnnlg", *SMALL_RUN, "reward=slots", "data.train=null"]
-    write(tmp_path / "text.jsonl", [{"text": "the cat sat"}])
-    # a model from scratch needs texts for its tokenizer
-    own.remove("data.train=null")
-    _, run = train(tmp_path, "+algo=evaluate", *own)
+    _, run = train(tmp_path, "+algo=evaluate", *SMALL_SEQ2SEQ, "data=rnnlg", *SMALL_RUN, "reward=slots")
     outputs = f"algo.outputs={{one: {run}, same: {run}}}"
     result, _ = train(tmp_path, "+algo=judge", "data=rnnlg", "reward=slots", outputs, "run.wandb=disabled")
     found = result["comparisons"]["one"]["reward"]
@@ -144,6 +140,53 @@ def test_outputs_that_a_run_has_written(tmp_path: Path) -> None:
     assert result["systems"]["one"]["scores"]["reward"] == pytest.approx(
         sum(e["reward"] for e in before) / 12, abs=1e-6
     )
+
+
+PIPELINE = """\
+# @package _global_
+name: compared
+stage: pipeline
+steps:
+  first: [+algo=evaluate, {small}]
+  refined: [+algo=evaluate, {small}, model.vocab_size=290]
+  judge: [+algo=judge, data=rnnlg, reward=slots, "algo.outputs={{{{first: {{first}}, refined: {{refined}}}}}}", algo.candidate=refined]
+"""
+
+
+def test_the_last_step_of_a_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "preset").mkdir(parents=True)
+    small = ", ".join([*SMALL_SEQ2SEQ, "data=rnnlg", *SMALL_RUN])
+    (tmp_path / "mine" / "preset" / "compared.yaml").write_text(PIPELINE.format(small=small))
+    ran = command("train", "--config-dir", "mine", "+preset=compared", "run.wandb=disabled", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    (report,) = (tmp_path / "runs").glob("compared-*/report.md")
+    assert "| judge | win_rate/first/reward | " in report.read_text(encoding="utf-8")
+    assert "| judge | verdict | | refined wins " in report.read_text(encoding="utf-8")
+
+
+OWN = """\
+import numpy as np
+from alignkit.judges import Verdicts
+
+
+class Alphabet:
+    def prefer(self, rows, first, second, account):
+        assert account is None
+        return Verdicts(np.array([float(a < b) for a, b in zip(first, second)]), [{"kind": row["kind"]} for row in rows])
+"""
+
+
+def test_a_judge_of_ones_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "alphabet.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(place))
+    own = [*words(place, "base", "tuned"), "~reward", "algo.judges={mine: {_target_: alphabet.Alphabet}}"]
+    result, folder = train(place / "runs", *own)
+    assert list(result["comparisons"]["base"]) == ["mine"]
+    assert (
+        result["comparisons"]["base"]["mine"]["wins"] == 2
+    )  # r1 and r2 before xx; r0 and xxx are not before r0 and xx
+    assert "scores" not in result["systems"]["base"]
+    assert [one["kind"] for one in lines(folder / "judgements.jsonl")] == ["a", "b", "a", "b"]
 
 
 # ---- a chat model ----------------------------------------------------------------------------------------------------
