@@ -49,23 +49,25 @@ class Judge:
     def opponents(self) -> list[str]:
         return [name for name in self.outputs if name != self.candidate]
 
-    def compared(self, preference: Array, longer: Array) -> dict[str, Any]:
+    def compared(self, preference: Array, gap: Array) -> dict[str, Any]:
         """What N verdicts say of the candidate.
 
         Args:
             preference: (N,) for the candidate's text, in [0, 1]; not a number where there is no verdict.
-            longer: (N,) characters of the candidate's text less those of the other.
+            gap: (N,) characters of the candidate's text less those of the other.
 
         Returns:
             ``win_rate`` and ``length_controlled`` (per cent, with 95 % intervals), the counts ``wins``, ``ties`` and ``losses``
-            (a preference above, at and below 1/2), and ``failed``, rows without a verdict.
+            (a preference above, at and below 1/2), ``failed``, rows without a verdict, and ``longer``, the share of rows whose
+            candidate's text is the longer one (equal ones count half): near 0 or 1 an equal length lies outside of what was
+            seen, and the regression extrapolates with more confidence than it should have.
         """
         rates = per_prompt([{"win_rate": 100 * float(p)} for p in preference])
         if not rates:
             raise ValueError("there is a verdict on none of the rows")
         known = ~np.isnan(preference)
         kept = preference[known]
-        sums = np.stack([np.nan_to_num(preference), _length_feature(longer, known), known.astype(float)], axis=1)
+        sums = np.stack([np.nan_to_num(preference), _length_feature(gap, known), known.astype(float)], axis=1)
         return {
             **summary(Sentences(rates), self.bootstrap),
             **summary(_LengthControlled({"length_controlled": sums}), min(self.bootstrap, LENGTH_RESAMPLES)),
@@ -73,6 +75,7 @@ class Judge:
             "ties": int((kept == 0.5).sum()),
             "losses": int((kept < 0.5).sum()),
             "failed": int((~known).sum()),
+            "longer": float((np.sign(gap[known]) + 1).mean() / 2),
         }
 
 
@@ -89,10 +92,10 @@ class _LengthControlled(Sentences):
         }
 
 
-def _length_feature(longer: Array, known: Array) -> Array:
+def _length_feature(gap: Array, known: Array) -> Array:
     """(N,) tanh of the difference in length over its deviation; it is not centred, so that 0 is an equal length."""
-    deviation = longer[known].std()
-    return np.tanh(longer / deviation) if deviation > 0 else np.zeros(len(longer))
+    deviation = gap[known].std()
+    return np.tanh(gap / deviation) if deviation > 0 else np.zeros(len(gap))
 
 
 def _at_equal_length(y: Array, x: Array, weight: Array) -> float:
