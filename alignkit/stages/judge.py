@@ -49,9 +49,9 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Any, reward: Any) -> dict[s
         cost = account.totals() if account else {}
     comparisons: dict[str, dict[str, Any]] = {opponent: {} for opponent in algo.opponents}
     for (opponent, name), verdicts in found.items():
-        longer = np.array([len(a) - len(b) for a, b in zip(mine, texts[opponent], strict=True)], dtype=float)
+        gap = np.array([len(a) - len(b) for a, b in zip(mine, texts[opponent], strict=True)], dtype=float)
         try:
-            comparisons[opponent][name] = algo.compared(verdicts.preference, longer) | verdicts.figures
+            comparisons[opponent][name] = algo.compared(verdicts.preference, gap) | verdicts.figures
         except ValueError as e:
             raise UserError(f"judge '{name}' on {algo.candidate} against {opponent}: {e}.") from None
     result = {

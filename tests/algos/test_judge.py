@@ -89,6 +89,10 @@ def test_a_judge_that_goes_by_length_alone_is_seen_through() -> None:
     assert found["length_controlled"]["low"] < 50 < found["length_controlled"]["high"]
 
 
+def test_how_often_the_candidate_is_longer() -> None:
+    assert judged([1, 0, 0.5, 0, NAN], [3, -1, 0, 200, 9])["longer"] == 0.625  # (1 + 0 + 1/2 + 1) / 4
+
+
 def test_a_judge_that_does_not_see_length_is_left_alone() -> None:
     """Each length has the same share of wins, so the slope is 0 and the intercept the logit of the share."""
     found = judged([1, 1, 1, 0] * 50, [x for x in range(50) for _ in range(4)])
@@ -114,6 +118,7 @@ def test_the_rates_of_both_sides_add_up_to_a_hundred(rows: list[tuple[float, int
     for rate in ("win_rate", "length_controlled"):
         assert one[rate]["value"] + other[rate]["value"] == pytest.approx(100, abs=1e-4)
     assert (one["wins"], one["ties"]) == (other["losses"], other["ties"])
+    assert one["longer"] + other["longer"] == pytest.approx(1)
     assert one["wins"] + one["ties"] + one["losses"] + one["failed"] == len(rows)
 
 
