@@ -16,7 +16,7 @@ from alignkit.config import GROUPS, conf_dir
 from alignkit.errors import UserError, suggest
 from alignkit.signature import doc_of, settings_of
 
-STAGES = ("sft", "pref", "rm", "rl", "evaluate", "evaluate_rm", "judge", "study", "pipeline")
+STAGES = ("sft", "pref", "rm", "rl", "refine", "evaluate", "evaluate_rm", "judge", "study", "pipeline")
 
 
 def options(group: str, extra: list[Path] = []) -> dict[str, Path]:  # noqa: B006

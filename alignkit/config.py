@@ -19,6 +19,7 @@ GROUPS = ("model", "data", "reward", "algo", "preset", "critic", "prompt")
 NEEDS = {  # what a stage cannot do without
     "sft": ("data", "algo"),
     "pref": ("data", "algo"),
+    "refine": ("data", "algo"),
     "rm": ("data", "algo"),
     "rl": ("data", "reward", "algo"),
     "evaluate": ("data",),
@@ -70,6 +71,9 @@ class Evaluate:
     """How held-out rows are decoded and scored: the dev split during training, the test split at both ends."""
 
     decode: str = "greedy"  # greedy | beam | sample
+    protocol: str = "plain"  # plain | first | refine | rerank: of a model that criticises itself, which answer counts
+    rounds: int = 1  # of refine: critiques and rewrites in a row
+    samples: int = 16  # of rerank: answers, drawn at `temperature`, of which the one with the best own score counts
     beams: int = 4
     temperature: float = 1.0
     max_new_tokens: int = 64
@@ -288,6 +292,7 @@ def check(cfg: DictConfig) -> None:
     for name, allowed in (
         ("model.kind", ("auto", "causal", "seq2seq", "encoder")),
         ("evaluate.decode", ("greedy", "beam", "sample")),
+        ("evaluate.protocol", ("plain", "first", "refine", "rerank")),
         ("evaluate.final", ("best", "last")),
         ("evaluate.select", ALL),
         ("run.wandb", ("auto", "online", "offline", "disabled")),
@@ -297,6 +302,8 @@ def check(cfg: DictConfig) -> None:
         chosen = OmegaConf.select(cfg, name)
         if chosen not in allowed:
             wrong.append(f"{name}: must be one of {', '.join(allowed)}; is '{chosen}'.")
+    if cfg.evaluate.protocol != "plain" and cfg.evaluate.decode == "beam":
+        wrong.append("evaluate.decode: beam search has no place in a protocol; take greedy or sample.")
     if cfg.evaluate.temperature <= 0:
         wrong.append("evaluate.temperature: must be above 0 (evaluate.decode=greedy takes the likeliest token).")
     if cfg.run.budget is not None and cfg.run.budget <= 0:
@@ -305,6 +312,8 @@ def check(cfg: DictConfig) -> None:
         "run.save_every",
         "run.keep",
         "run.concurrency",
+        "evaluate.rounds",
+        "evaluate.samples",
         "evaluate.batch_size",
         "evaluate.max_new_tokens",
         "evaluate.beams",

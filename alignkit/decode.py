@@ -32,6 +32,7 @@ class Decode:
     entropy: bool = False  # also return the entropy of each step
     top: bool = False  # also return the probability of the likeliest token at each step
     tempered: bool = False  # log-probabilities at the sampling temperature instead of 1
+    stop: tuple[int, ...] = ()  # tokens that end a response, as the end-of-sequence token does; they belong to it
 
 
 @dataclass
@@ -86,7 +87,8 @@ def decode(
     logprobs = torch.zeros(rows, steps, device=device)
     entropies = torch.zeros(rows, steps, device=device) if how.entropy else None
     tops = torch.zeros(rows, steps, device=device) if how.top else None
-    stop = torch.tensor(eos, device=device)
+    ends = torch.tensor(eos, device=device)
+    stop = torch.tensor(how.stop, device=device, dtype=torch.long)
     alive = torch.arange(rows, device=device)  # rows that the cache holds …
     going = torch.ones(rows, dtype=torch.bool, device=device)  # … and which of them have not ended
 
@@ -103,7 +105,9 @@ def decode(
             tops[row, t] = logits.softmax(-1).amax(-1)[going]
         if entropies is not None:
             entropies[row, t] = ops.entropy(logits)[going]
-        going = going & ~torch.isin(token, stop)
+        going = going & ~torch.isin(token, ends)
+        if 0 < len(stop) <= t + 1:
+            going = going & (ids[alive, t + 1 - len(stop) : t + 1] != stop).any(1)
         left = int(going.sum())
         if left == 0 or t + 1 == steps:
             break

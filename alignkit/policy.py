@@ -31,15 +31,15 @@ class Policy(Reader):
         super().__init__(model, tokenizer, compute)
         self.critic: ValueModel | None = None
 
-    def judged(self, rows: list[Row], max_tokens: int | None = None) -> Batch:
+    def judged(self, rows: list[Row], max_tokens: int | None = None, end: str | None = None) -> Batch:
         """Rows with one response that is desirable or not: ``extra["desirable"]`` (B,) bool; longer ones are cut."""
-        batch = self.demonstrations(rows, max_tokens)
+        batch = self.demonstrations(rows, max_tokens, end)
         desirable = torch.tensor([row["desirable"] for row in rows], device=self.device)
         return batch.with_(extra={**batch.extra, "desirable": desirable})
 
-    def answered(self, batch: Batch, texts: list[str], max_tokens: int | None = None) -> Batch:
+    def answered(self, batch: Batch, texts: list[str], max_tokens: int | None = None, end: str | None = None) -> Batch:
         """The prompts of a batch with other responses, a text for each row; longer ones are cut."""
-        ids, mask = self._pad([one[:max_tokens] for one in self.encode_responses(texts)], "right")
+        ids, mask = self._pad([one[:max_tokens] for one in self.encode_responses(texts, end)], "right")
         return Batch(batch.prompt_ids, batch.prompt_mask, ids, mask, batch.group, batch.rows, texts)
 
     def generate(
@@ -50,13 +50,23 @@ class Policy(Reader):
         *,
         temperature: Tensor | None = None,
         generator: torch.Generator | None = None,
+        begun: list[str] | None = None,
     ) -> Batch:
         """Draw ``n`` responses to each row (or ``n[i]`` to row i); they form one group, adjacent.
 
         The batch carries the ``logprobs`` of the drawn tokens, and ``extra["entropy"]`` and ``extra["top"]`` where asked for.
+
+        Args:
+            begun: what each row's response begins with, which the model goes on from; it then counts as part of the prompt.
+
+        Raises:
+            UserError: no room for so many tokens, or ``begun`` for an encoder–decoder model.
         """
         counts = torch.tensor([n] * len(rows) if isinstance(n, int) else n)
-        prompt_ids, prompt_mask = self._pad(self.encode_prompts(rows), "right" if self.is_encoder_decoder else "left")
+        encoded = self.encode_prompts(rows)
+        if begun is not None:
+            encoded = [[*one, *more] for one, more in zip(encoded, self._beginnings(begun), strict=True)]
+        prompt_ids, prompt_mask = self._pad(encoded, "right" if self.is_encoder_decoder else "left")
         room = self.max_positions - (0 if self.is_encoder_decoder else prompt_ids.shape[1])
         if how.max_new_tokens > room:
             raise UserError(
@@ -84,6 +94,22 @@ class Policy(Reader):
             extra={"ended": self._ended(out.ids, out.mask)}
             | {name: x for name, x in (("entropy", out.entropy), ("top", out.top)) if x is not None},
         )
+
+    def _beginnings(self, texts: list[str]) -> list[list[int]]:
+        if self.is_encoder_decoder:
+            raise UserError(
+                "an encoder–decoder model cannot go on from a text that it is given as its own: take a causal model."
+            )
+        found: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return found
+
+    def tokens_of(self, marker: str) -> tuple[int, ...]:
+        """The tokens of a heading as they stand within a text, without the line ends around it."""
+        ids = self.tokenizer(f"x\n\n{marker}\n", add_special_tokens=False)["input_ids"]
+        texts = [self.tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
+        first = max(i for i, text in enumerate(texts) if not text.strip()[1:].strip())
+        last = min(i for i, text in enumerate(texts) if marker in text)
+        return tuple(ids[first:last])
 
     def forward(self, batch: Batch, temperature: Tensor | None = None) -> Tensor:
         """Log-probabilities (B, T) float32 of the batch's response tokens, 0 where the mask is false.

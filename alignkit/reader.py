@@ -105,8 +105,11 @@ class Reader:
             ids.append(one)
         return ids
 
-    def encode_responses(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, closed with the end-of-sequence token."""
+    def encode_responses(self, texts: list[str], end: str | None = None) -> list[list[int]]:
+        """Token ids of each text, closed with the end-of-sequence token, or with the text ``end`` in its place."""
+        if end is not None:
+            closed = self.encode_responses([text + end for text in texts])
+            return [ids[:-1] if ids[-1] in self.eos else ids for ids in closed]
         if self.is_encoder_decoder:
             encoded = self.tokenizer(text_target=texts, split_special_tokens=True)["input_ids"]
             # what the decoder is given as its prefix is not part of the response
@@ -121,8 +124,11 @@ class Reader:
         kept = [row[: int(m.sum())].tolist() for row, m in zip(ids, mask, strict=True)]
         return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
 
-    def demonstrations(self, rows: list[Row], max_tokens: int | None = None) -> Batch:
+    def demonstrations(self, rows: list[Row], max_tokens: int | None = None, end: str | None = None) -> Batch:
         """Rows with their ``response`` as the response, one group each; longer responses are cut.
+
+        Args:
+            end: text that closes a response in place of the end-of-sequence token.
 
         Raises:
             UserError: a row without a response.
@@ -132,12 +138,13 @@ class Reader:
                 raise UserError(
                     f"training row {row['id']} has no response. Set data.response to a template over the columns."
                 )
-        return self._batch(rows, [ids[:max_tokens] for ids in self.encode_responses([r["response"] for r in rows])])
+        responses = self.encode_responses([row["response"] for row in rows], end)
+        return self._batch(rows, [ids[:max_tokens] for ids in responses])
 
-    def pairs(self, rows: list[Row], max_tokens: int | None = None) -> Batch:
+    def pairs(self, rows: list[Row], max_tokens: int | None = None, end: str | None = None) -> Batch:
         """Rows with a ``chosen`` and a ``rejected`` response: two rows a group, the chosen one first; longer ones are cut."""
         both = [{**row, "response": row[side]} for row in rows for side in ("chosen", "rejected")]
-        batch = self.demonstrations(both, max_tokens)
+        batch = self.demonstrations(both, max_tokens, end)
         return batch.with_(group=batch.group // 2, rows=[row for row in rows for _ in range(2)])
 
     def _ended(self, ids: Tensor, mask: Tensor) -> Tensor:

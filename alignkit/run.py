@@ -30,7 +30,7 @@ from alignkit.batch import Batch, Loss
 from alignkit.config import same_settings, same_sources, signature, whole
 from alignkit.data import Row
 from alignkit.errors import Stopped, UserError
-from alignkit.files import write_atomically
+from alignkit.files import as_lines, write_atomically
 from alignkit.progress import Progress
 from alignkit.rewards import Reward
 from alignkit.tracking import Tracker
@@ -74,8 +74,9 @@ class Run:
         _keep_freed_memory()
         self.dir.mkdir(parents=True, exist_ok=True)
         self.checkpoint = self._latest()
-        if self.checkpoint:
-            self._read_state(fingerprint)
+        begun = self._state_file()
+        if begun.exists():
+            self._read_state(begun, fingerprint)
             self._seen = dict(self.ledger)
         self._drop_later_steps()
         self._start_record(fingerprint, command)
@@ -317,7 +318,30 @@ class Run:
         target = self.dir / f"checkpoint-{step}"
         if target.exists():
             return
-        state = {
+        state = self._state(step, algo_state)
+        with self._whole(target) as partial:
+            policy.save(partial)
+            (partial / "state").mkdir()
+            torch.save(optimizer.state_dict(), partial / "state" / "optimizer.pt")
+            if policy.critic is not None:
+                save_model(policy.critic, str(partial / "state" / "critic.safetensors"))
+            (partial / "state" / "run.json").write_text(json.dumps(state), encoding="utf-8")
+        self._prune()
+
+    def save_part(self, done: int, rows: list[Row]) -> None:
+        """Write the rows of part ``done`` of a stage that makes a data set, and that parts 1 to ``done`` are there."""
+        folder = self.dir / "parts"
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"{done:06d}.jsonl", as_lines(rows))
+        write_atomically(folder / "run.json", json.dumps(self._state(done, {})))
+
+    def parts(self, count: int) -> list[Row]:
+        """The rows of parts 1 to ``count``, in order."""
+        files = [self.dir / "parts" / f"{i + 1:06d}.jsonl" for i in range(count)]
+        return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+    def _state(self, step: int, algo_state: dict[str, Any]) -> dict[str, Any]:
+        return {
             "step": step,
             "signature": signature(self.cfg),
             "algo": algo_state,
@@ -328,14 +352,6 @@ class Run:
             "fingerprint": self.fingerprint,
             "threads": torch.get_num_threads(),
         }
-        with self._whole(target) as partial:
-            policy.save(partial)
-            (partial / "state").mkdir()
-            torch.save(optimizer.state_dict(), partial / "state" / "optimizer.pt")
-            if policy.critic is not None:
-                save_model(policy.critic, str(partial / "state" / "critic.safetensors"))
-            (partial / "state" / "run.json").write_text(json.dumps(state), encoding="utf-8")
-        self._prune()
 
     @contextmanager
     def _whole(self, target: Path) -> Iterator[Path]:
@@ -432,9 +448,12 @@ class Run:
             if path.name != best:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _read_state(self, fingerprint: dict[str, str]) -> None:
-        assert self.checkpoint is not None
-        self.state = json.loads((self.checkpoint / "state" / "run.json").read_text(encoding="utf-8"))
+    def _state_file(self) -> Path:
+        """Where the state of an unfinished run lies: in its last checkpoint, or beside the parts of its rows."""
+        return (self.checkpoint / "state" if self.checkpoint else self.dir / "parts") / "run.json"
+
+    def _read_state(self, file: Path, fingerprint: dict[str, str]) -> None:
+        self.state = json.loads(file.read_text(encoding="utf-8"))
         same_settings(self.dir, self.state["signature"], self.cfg)
         same_sources(self.dir, self.state["fingerprint"], fingerprint, self.cfg)
         self.ledger, self.best, self.before = self.state["ledger"], self.state["best"], self.state["before"]
@@ -442,7 +461,7 @@ class Run:
 
     def _drop_later_steps(self) -> None:
         """Steps after the checkpoint are done again, so their lines go."""
-        step = self.first_step if self.checkpoint else -1
+        step = self.first_step if self.state else -1
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.dir / name
             if path.exists():

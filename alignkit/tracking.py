@@ -51,7 +51,9 @@ class Tracker:
         if self._run is not None:
             try:
                 if result:
-                    self._run.summary.update({"status": result["status"], "weights_sha256": result["weights_sha256"]})
+                    self._run.summary.update(
+                        {k: result[k] for k in ("status", "weights_sha256", "data_sha256") if k in result}
+                    )
                 self._run.finish()
             except Exception as e:
                 print(f"warning: wandb stopped: {e}", file=sys.stderr)

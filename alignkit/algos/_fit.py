@@ -33,6 +33,17 @@ class Fit:
         need(self, "batch_size >= 1", "micro_tokens >= 1", "steps >= 1", "epochs > 0")
         need_adamw(self)
 
+    def prepare(self, rows: list[Row], sides: tuple[str, ...]) -> list[Row]:
+        """The training rows, once, before a model is loaded: refuse them, warn of them, add what a row's loss needs.
+
+        Args:
+            sides: keys of a row's responses: chosen and rejected, or the one response that ``row["desirable"]`` judges.
+
+        Raises:
+            UserError: the method cannot learn from such rows.
+        """
+        return rows
+
     def survey(self, policy: Any, rows: list[Row], run: Run, texts: list[str]) -> None:
         """Look at the training rows once, before the first step of every start; ``texts`` as for ``policy.load``."""
 

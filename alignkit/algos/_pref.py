@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alignkit.algos._fit import Fit
 from alignkit.batch import Batch, Loss
+from alignkit.critique import FEEDBACK
 from alignkit.data import Row
 from alignkit.errors import UserError, need
 from alignkit.policy import Policy
@@ -78,21 +79,21 @@ class Pref(Fit):
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     max_response_tokens: int | None = None  # longer responses are cut
+    terminator: Literal["eos", "feedback"] = (
+        "eos"  # what ends a response: of a model that then criticises itself, `### Feedback`
+    )
     needs_reference: ClassVar[bool] = True  # whether the loss reads ref_logprobs
 
     def __post_init__(self) -> None:
         super().__post_init__()
         need(self, "max_response_tokens >= 1")
 
+    @property
+    def end(self) -> str | None:
+        """The text that closes a response; None: the end-of-sequence token does."""
+        return None if self.terminator == "eos" else f"\n\n{FEEDBACK}"
+
     def prepare(self, rows: list[Row], sides: tuple[str, ...]) -> list[Row]:
-        """The training rows, once, before a model is loaded: refuse them, warn of them, add what a row's loss needs.
-
-        Args:
-            sides: keys of a row's responses: chosen and rejected, or the one response that ``row["desirable"]`` judges.
-
-        Raises:
-            UserError: the method cannot learn from such rows.
-        """
         if len(sides) == 1:
             raise UserError(
                 f"{type(self).__name__} learns from pairs, not from responses that data.desirable judges one by one: give "

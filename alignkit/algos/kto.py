@@ -68,9 +68,9 @@ class KTO(Pref):
         """(B,) log-probabilities of each prompt's mismatched responses, as many as it has of its own."""
         size = 1 if "desirable" in batch.extra else 2
         texts = [text for row in batch.rows[::size] for text in row["mismatched"]]
-        return by_parts(policy.answered(batch, texts, self.max_response_tokens), self.micro_tokens, policy.forward).sum(
-            1
-        )
+        return by_parts(
+            policy.answered(batch, texts, self.max_response_tokens, self.end), self.micro_tokens, policy.forward
+        ).sum(1)
 
     def whole(self, policy: Policy, batch: Batch, generator: torch.Generator) -> Batch:
         """With ``extra["reference_point"]`` (B,): z of the step, in every row."""

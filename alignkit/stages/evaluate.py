@@ -16,6 +16,7 @@ from alignkit.data import Data, Row
 from alignkit.decode import Decode
 from alignkit.errors import UserError, suggest
 from alignkit.policy import Policy, load
+from alignkit.protocols import answers
 from alignkit.rewards import scores_of
 from alignkit.run import Run
 
@@ -77,12 +78,12 @@ class HeldOut:
         rows = self.rows[split]
         entries, batches = [], []
         for first in range(0, len(rows), self.cfg.batch_size):
-            batch = self._decode(policy, rows[first : first + self.cfg.batch_size], first)
+            batch, more = self._decode(policy, rows[first : first + self.cfg.batch_size], first)
             batches.append(batch.with_(scores=scores_of(self.reward, batch)) if self.reward else batch)
             scores = [None] * len(batch) if batches[-1].scores is None else batches[-1].scores.tolist()
-            for row, response, score in zip(batch.rows, batch.responses, scores, strict=True):
+            for row, response, score, added in zip(batch.rows, batch.responses, scores, more, strict=True):
                 entry = {"prompt": row["prompt"], "references": row["references"], "response": response}
-                entries.append(entry | ({} if score is None else {"reward": score}))
+                entries.append(entry | ({} if score is None else {"reward": score}) | added)
         if rows and not any(e["response"].strip() for e in entries):
             self.run.progress.say(
                 f"warning: every response to the {split} rows is empty. Does the prompt look as in training?"
@@ -98,12 +99,35 @@ class HeldOut:
             )
         return scored, entries, batches
 
-    def _decode(self, policy: Policy, rows: list[Row], first: int) -> Batch:
+    def _decode(self, policy: Policy, rows: list[Row], first: int) -> tuple[Batch, list[dict[str, Any]]]:
+        """(the answers, what else there is to say of each)."""
+        generator = self.run.generator(first, "evaluate")
+        if self.cfg.protocol != "plain":
+            return self._by_protocol(policy, rows, generator)
         if self.cfg.decode == "beam":
-            return policy.beam(rows, self.cfg.beams, self.cfg.max_new_tokens)
+            return policy.beam(rows, self.cfg.beams, self.cfg.max_new_tokens), [{}] * len(rows)
         how = Decode(max_new_tokens=self.cfg.max_new_tokens, greedy=self.cfg.decode == "greedy")
         tau = torch.full((len(rows),), self.cfg.temperature)
-        return policy.generate(rows, 1, how, temperature=tau, generator=self.run.generator(first, "evaluate"))
+        return policy.generate(rows, 1, how, temperature=tau, generator=generator), [{}] * len(rows)
+
+    def _by_protocol(
+        self, policy: Policy, rows: list[Row], generator: torch.Generator
+    ) -> tuple[Batch, list[dict[str, Any]]]:
+        found = answers(policy, rows, self.cfg, generator)
+        batch = policy.demonstrations([{**row, "response": text} for row, text in zip(rows, found.texts, strict=True)])
+        batch = batch.with_(rows=rows)
+        more: list[dict[str, Any]] = [{k: values[i] for k, values in found.measured.items()} for i in range(len(rows))]
+        for entry, text in zip(more, found.texts, strict=True):
+            entry["characters"] = float(len(text))
+        if found.first is None:
+            return batch, more
+        first = policy.answered(batch, found.first).with_(rows=rows)
+        scores = scores_of(self.reward, first).tolist() if self.reward else [None] * len(rows)
+        for entry, row, text, score in zip(more, rows, found.first, scores, strict=True):
+            entry["first"] = text
+            entry |= {"first_exact_match": float(text in row["references"])} if row["references"] else {}
+            entry |= {} if score is None else {"first_reward": score}
+        return batch, more
 
 
 def picked(select: str, dev: dict[str, float]) -> float:
@@ -182,6 +206,11 @@ LABELS = {
     "length_ratio": "length ratio",
     "reward": "reward",
     "preference_accuracy": "pairs ranked right %",
+    "first_exact_match": "first answer: exact match %",
+    "first_reward": "first answer: reward",
+    "parse_failed": "critique not readable %",
+    "tokens": "tokens written",
+    "characters": "characters of the answer",
     "ties": "ties %",
     "macro": "mean of sections %",
     "longer_wins": "longer one chosen %",
@@ -196,7 +225,21 @@ LABELS = {
 }
 
 
-PER_CENT = {"bleu", "chrf", "exact_match", "preference_accuracy", "ties", "macro", "longer_wins", "win_rate"}
+MEASURED = (  # of an entry of the outputs: a number a row, whose mean is reported
+    "reward", "preference_accuracy", "first_exact_match", "first_reward", "parse_failed", "tokens", "characters",
+)  # fmt: skip
+PER_CENT = {
+    "first_exact_match",
+    "parse_failed",
+    "bleu",
+    "chrf",
+    "exact_match",
+    "preference_accuracy",
+    "ties",
+    "macro",
+    "longer_wins",
+    "win_rate",
+}
 
 
 def cell(name: str, value: dict[str, float]) -> str:
@@ -207,7 +250,7 @@ def cell(name: str, value: dict[str, float]) -> str:
 
 
 def _measured(entries: list[dict[str, Any]]) -> dict[str, list[float]]:
-    names = [n for n in ("reward", "preference_accuracy") if entries and n in entries[0]]
+    names = [n for n in MEASURED if entries and n in entries[0]]
     return {n: [e[n] for e in entries] for n in names}
 
 

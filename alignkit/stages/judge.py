@@ -42,7 +42,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Any, reward: Any) -> dict[s
     found: dict[tuple[str, str], Verdicts] = {}  # (opponent, judge)
     asks = any(getattr(judge, "asks", False) for judge in judges.values())
     account: Any
-    with run.phase("judge"), feedback.account(run) if asks else nullcontext() as account:  # type: ignore[attr-defined]
+    with run.phase("judge"), feedback.account(run) if asks else nullcontext() as account:
         for opponent in algo.opponents:
             for name, judge in judges.items():
                 found[opponent, name] = judge.prefer(rows, mine, texts[opponent], account)

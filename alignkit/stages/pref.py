@@ -68,7 +68,7 @@ class References:
 
     def _collate(self, policy: Policy, rows: list[Row]) -> Batch:
         collate = policy.judged if len(self.data.sides) == 1 else policy.pairs
-        return collate(rows, self.algo.max_response_tokens)
+        return collate(rows, self.algo.max_response_tokens, self.algo.end)
 
     def _questions(self, split: str) -> list[Question]:
         first = [Question("ref_logprob", self._logprob)] if self.algo.needs_reference else []
@@ -121,6 +121,7 @@ class References:
             "rows": self.data.fingerprint((split,)),
             "texts": self.data.fingerprint(("train",)) if not self.model.path else None,  # of the tokenizer
             "cut": self.algo.max_response_tokens,
+            "end": self.algo.end,
             "count": len(self.data.rows(split)),
             "question": (question.name, *question.settings),
         }
@@ -132,7 +133,9 @@ def _tell_cut(policy: Policy, rows: list[Row], sides: tuple[str, ...], algo: Pre
     limit = algo.max_response_tokens
     if limit is None:
         return
-    encoded = list(zip(*(policy.encode_responses([row[side] for row in rows]) for side in sides), strict=True))
+    encoded = list(
+        zip(*(policy.encode_responses([row[side] for row in rows], algo.end) for side in sides), strict=True)
+    )
     long = sum(max(map(len, each)) > limit for each in encoded)
     if not long:
         return

@@ -6,7 +6,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from alignkit.algos.sft import SFT
 from alignkit.data import Data
 from alignkit.policy import load
 from alignkit.run import Run
@@ -14,9 +13,9 @@ from alignkit.stages.evaluate import HeldOut
 from alignkit.stages.fit import fit
 
 
-def run(cfg: DictConfig, run: Run, data: Data, algo: SFT, reward: Any) -> dict[str, Any]:
+def run(cfg: DictConfig, run: Run, data: Data, algo: Any, reward: Any) -> dict[str, Any]:
     """Train on the responses of the training rows; evaluate on dev now and then, on test at the end."""
-    rows = data.rows("train")
+    rows = algo.prepare(data.rows("train"), data.sides)
     policy = load(OmegaConf.to_object(cfg.model), cfg.seed, data.texts(), run.checkpoint)  # type: ignore[arg-type]
     held_out = HeldOut(cfg.evaluate, data, reward, run)
     return fit(
