@@ -26,7 +26,9 @@ class Judge:
     The run's reward, where there is one, is a judge by the name ``reward``; ``judges`` are more of them.
     """
 
-    outputs: dict[str, str]  # system → its run (outputs-after.jsonl there, else -test, else -dev), or a file
+    outputs: dict[
+        str, str
+    ]  # system → its run (outputs-after.jsonl there, else -test, else -dev), or a file; RUN#first: that column
     candidate: str | None = None  # the system that is compared with every other; null: the last
     judges: dict[str, Any] | None = None  # name → judge: a class of alignkit.judges, or one of your own
     bootstrap: int = 1000  # resamples of rows behind the intervals

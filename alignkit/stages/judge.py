@@ -33,8 +33,9 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Any, reward: Any) -> dict[s
     held_out = data.rows(split)
     if not held_out:
         raise UserError("judge: the data have neither test nor dev rows. Set data.test.")
-    files = {name: _file(name, where) for name, where in algo.outputs.items()}
-    texts = {name: _responses(name, file, held_out, split) for name, file in files.items()}
+    columns = {name: where.rpartition("#")[2] if "#" in where else "response" for name, where in algo.outputs.items()}
+    files = {name: _file(name, where.rpartition("#")[0] or where) for name, where in algo.outputs.items()}
+    texts = {name: _texts(name, file, columns[name], held_out, split) for name, file in files.items()}
     rows = held_out[: _common(files, texts)][: cfg.evaluate.rows]
     texts = {name: found[: len(rows)] for name, found in texts.items()}
 
@@ -66,7 +67,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Any, reward: Any) -> dict[s
         "directory": str(run.dir),
     }  # fmt: skip
     _record(run.dir / "judgements.jsonl", rows, algo, texts, found)
-    (run.dir / "table.md").write_text(table(result) + "\n", encoding="utf-8")
+    (run.dir / "table.md").write_text(summary(result) + "\n", encoding="utf-8")
     run.write_json("result.json", result)
     return result
 
@@ -87,17 +88,17 @@ def _file(name: str, where: str) -> Path:
         raise UserError(f"algo.outputs.{name}: {e}") from None
 
 
-def _responses(name: str, file: Path, rows: list[Row], split: str) -> list[str]:
-    """What a system said to the first rows of the split.
+def _texts(name: str, file: Path, column: str, rows: list[Row], split: str) -> list[str]:
+    """What a system said to the first rows of the split: its ``response``, or another column.
 
     Raises:
         UserError: a line that answers another prompt, or nothing.
     """
     texts = []
     for i, (where, entry) in enumerate(sources.read(str(file))):
-        if not isinstance(entry.get("response"), str) or "prompt" not in entry:
+        if not isinstance(entry.get(column), str) or "prompt" not in entry:
             raise UserError(
-                f"{where} (algo.outputs.{name}): has no prompt and response. It must be what a run wrote as outputs-*.jsonl."
+                f"{where} (algo.outputs.{name}): has no prompt and {column}. It must be what a run wrote as outputs-*.jsonl."
             )
         if i == len(rows):
             raise UserError(
@@ -108,7 +109,7 @@ def _responses(name: str, file: Path, rows: list[Row], split: str) -> list[str]:
                 f"{where} (algo.outputs.{name}): answers {_short(entry['prompt'])}, but row {rows[i]['id']} of the {split} split "
                 f"asks {_short(rows[i]['prompt'])}. All systems must have answered the rows of these data, in their order."
             )
-        texts.append(entry["response"])
+        texts.append(entry[column])
     if not texts:
         raise UserError(f"{file} (algo.outputs.{name}): is empty. Evaluate that system first.")
     return texts
@@ -181,10 +182,12 @@ def _sentence(candidate: str, comparisons: dict[str, dict[str, Any]]) -> str:
 
 def report(result: dict[str, Any]) -> str:
     """The tables, in Markdown, and where the files are."""
-    return f"\n{table(result)}\n\n{result['verdict']}\nfiles: {result['directory']} (every judgement: judgements.jsonl)"
+    return (
+        f"\n{summary(result)}\n\n{result['verdict']}\nfiles: {result['directory']} (every judgement: judgements.jsonl)"
+    )
 
 
-def table(result: dict[str, Any]) -> str:
+def summary(result: dict[str, Any]) -> str:
     """Markdown: the comparisons, the systems, and how far judges agree; 95 % intervals in brackets."""
     own = ("win_rate", "length_controlled", "wins", "ties", "losses")
     ones = [(opponent, name, one) for opponent, each in result["comparisons"].items() for name, one in each.items()]

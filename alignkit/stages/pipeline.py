@@ -102,7 +102,11 @@ def _check(steps: dict[str, list[str]]) -> None:
 def report(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: the test metrics of every step before and after it, and how far an RL step went from its start."""
     lines, note = ["| step | metric | before | after |", "|---|---|---|---|"], ""
+    own = {step: importlib.import_module(f"alignkit.stages.{result['stage']}") for step, result in results.items()}
+    own = {step: stage for step, stage in own.items() if hasattr(stage, "summary")}  # what the table has no place for
     for step, result in results.items():
+        if step in own:
+            continue
         evaluation = result.get("evaluation", {})
         before = (evaluation.get("before") or {}).get("test", {})
         after = evaluation.get("after", evaluation) or {}
@@ -115,11 +119,8 @@ def report(results: dict[str, dict[str, Any]]) -> str:
             lines.append(f"| {step} | KL to the start, nats a response* | 0 | {result['training']['kl']:.2f} |")
             note = "\n\n\\* of the samples from which the last step of these weights learned"
     text = "\n".join(lines) + note if len(lines) > 2 else ""
-    for step, result in results.items():
-        stage = importlib.import_module(f"alignkit.stages.{result['stage']}")
-        if hasattr(stage, "summary"):  # what the table above has no place for
-            text += f"\n\n## {step}\n\n{stage.summary(result).strip()}"
-    return text.strip()
+    sections = [f"## {step}\n\n{stage.summary(results[step]).strip()}" for step, stage in own.items()]
+    return "\n\n".join([*([text] if text else []), *sections])
 
 
 def _run_to_its_end(command: list[str]) -> tuple[int, bool]:
