@@ -55,7 +55,7 @@ class ChatServer:
         self.plan, self.delay, self.slow, self.retry_after, self.whim = plan, delay, slow, retry_after, whim
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []  # prompt, body, time, fault, headers
-        self.completed: Counter[str] = Counter()  # prompt → answers sent in full
+        self.completed: Counter[str] = Counter()  # prompt → whole answers
         self.peak = self.now = 0  # requests at the same time
         self.answered = threading.Event()
         self.wait_for = 10**9  # answers after which `answered` is set
@@ -171,11 +171,11 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
-            self.wfile.write(data)
             if status == 200 and fault in ("", "length", "no usage", "echo"):
-                with server.lock:
+                with server.lock:  # before it is sent: who has received it must find it counted
                     server.completed[prompt] += 1
                     if sum(server.completed.values()) >= server.wait_for:
                         server.answered.set()
+            self.wfile.write(data)
 
     return Handler

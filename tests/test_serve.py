@@ -19,7 +19,7 @@ from alignkit.errors import UserError
 from alignkit.feedback import Account, Endpoint, Local, Question
 from alignkit.loading import BUNDLED
 
-SUMS = ["6-3+6+9+5=", "5+7+3+2-5+3=", "9-4+2=", "1+8+8-3="]
+SUMS = {"6-6+2+9=": "=11", "9+5+6-6-8=": "=6", "4+5+3+4=": "=16", "3+6-9+4+6=": "=10"}  # that it has learnt
 QUESTIONS = [Question([{"role": "user", "content": text}]) for text in SUMS]
 
 
@@ -83,7 +83,7 @@ def test_a_served_model_answers_as_it_does_in_this_process(served, folder, tmp_p
     assert [(one.cut, one.prompt_tokens, one.tokens) for one in there[:4]] == [
         (one.cut, one.prompt_tokens, one.tokens) for one in here
     ]
-    assert here[2].text.endswith("=7") and here[3].text.endswith("=14")  # 9-4+2 and 1+8+8-3
+    assert all(one.text.endswith(end) for one, end in zip(there, SUMS.values(), strict=False))
     assert totals["tokens"] == 2 * sum(one.tokens for one in here) > 0
     assert totals["prompt_tokens"] == 2 * sum(len(text) + 1 for text in SUMS)  # a byte each, and the first token
 
