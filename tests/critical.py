@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from alignkit.config import Model
-from alignkit.critique import feedback, written
+from alignkit.critique import written
 from alignkit.policy import Policy, load
 
 PROMPTS = ["sort: 3 1 2", "sort: 9 8 7", "sort: 5 4 6", "sort: 2 0 1"]
