@@ -162,7 +162,9 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
             elif fault == "echo":  # a server that shows what it must not
                 choice["message"]["content"] = f"you sent {self.headers['authorization']}"
             if status != 200:
-                found = {"error": {"message": f"no {status} for {self.headers['authorization']}", "code": None}}
+                found = {
+                    "error": {"message": f"no {status} for {self.headers['authorization'].split()[-1]}", "code": None}
+                }
             data = json.dumps(found, ensure_ascii=False).encode()
             if fault == "no json":
                 data = data[:-9]
