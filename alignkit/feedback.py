@@ -320,7 +320,7 @@ class Endpoint:
     key_env: str = "OPENAI_API_KEY"  # name of the environment variable that holds the key
     temperature: float | None = 0.0  # null: not sent, so the server's
     top_p: float | None = 1.0  # null: not sent
-    max_new_tokens: int = 2048
+    max_new_tokens: int = 2048  # sent as max_tokens, unless extra has max_completion_tokens
     seed: int | None = None  # sent along; servers differ in what they make of it
     timeout: float = 300.0  # seconds for one request, from its beginning to the end of the answer
     retries: int = 8  # repetitions of one request
@@ -706,12 +706,12 @@ class Local:
 
     model: str  # hub id, folder, run directory, or bundled:NAME
     temperature: float = 0.0  # 0: greedy
-    max_new_tokens: int = 512
+    max_new_tokens: int = 512  # the prompt and these must fit into a causal model's positions
     batch_size: int = 16  # questions that are answered at the same time, where decoding is greedy
-    seed: int = 0
+    seed: int = 0  # of sampled answers
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
-    compute: Literal["same", "bfloat16"] = "same"
+    compute: Literal["same", "bfloat16"] = "same"  # precision of the forward pass
 
     def __post_init__(self) -> None:
         need(self, "temperature >= 0", "max_new_tokens >= 1", "batch_size >= 1")

@@ -18,7 +18,19 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-TRANSIENT = ("429", "429 date", "500", "slow", "cut", "no json", "no schema", "empty", "half a character", "hang up")
+TRANSIENT = (
+    "429",
+    "429 date",
+    "500",
+    "slow",
+    "drip",
+    "cut",
+    "no json",
+    "no schema",
+    "empty",
+    "half a character",
+    "hang up",
+)
 
 
 def answer(prompt: str, seed: object = None) -> str:
@@ -150,7 +162,9 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
             elif fault == "echo":  # a server that shows what it must not
                 choice["message"]["content"] = f"you sent {self.headers['authorization']}"
             if status != 200:
-                found = {"error": {"message": f"no {status} for {self.headers['authorization']}", "code": None}}
+                found = {
+                    "error": {"message": f"no {status} for {self.headers['authorization'].split()[-1]}", "code": None}
+                }
             data = json.dumps(found, ensure_ascii=False).encode()
             if fault == "no json":
                 data = data[:-9]
@@ -166,6 +180,12 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
             for name, value in more.items():
                 self.send_header(name, value)
             self.end_headers()
+            if fault == "drip":  # never silent for long, and slow all the same
+                for byte in data[:20]:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(server.slow / 20)
+                self.wfile.write(data[20:])
+                return
             if fault == "cut":
                 self.wfile.write(data[: len(data) // 2])
                 self.close_connection = True

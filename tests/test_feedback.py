@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -112,7 +113,9 @@ def go(*processes: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize("fault", TRANSIENT)
 def test_a_passing_fault_is_asked_again_and_changes_nothing(fault, tmp_path):
     with ChatServer(only("question 1", fault), slow=1.0, retry_after=0.05) as server, opened(tmp_path) as acc:
+        state = random.getstate()
         found = Endpoint(model="m", base_url=server.url, timeout=0.4).ask(numbered(3), acc)
+        assert random.getstate() == state  # waiting draws from a generator of its own
         assert texts(found) == expected(3)
         assert server.asked() == {"question 0": 1, "question 1": 2, "question 2": 1}
         totals = acc.totals()
@@ -121,7 +124,7 @@ def test_a_passing_fault_is_asked_again_and_changes_nothing(fault, tmp_path):
     assert totals["prompt_tokens"] == totals["tokens"] == 2 * (4 if spent else 3)
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "slow", "cut", "hang up"])
+@pytest.mark.parametrize("fault", ["429", "500", "slow", "drip", "cut", "hang up"])
 def test_a_server_that_does_not_serve_stops_the_run_and_loses_nothing(fault, tmp_path):
     with ChatServer(only("question 2", *[fault] * 3), slow=0.6, retry_after=0.05) as server:
         endpoint = Endpoint(model="m", base_url=server.url, timeout=0.2, retries=2)
@@ -514,19 +517,20 @@ def test_a_file_that_is_none(tmp_path):
 # ---- secrets and settings ----
 
 
-def test_the_key_is_sent_and_reaches_no_file_and_no_message(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("OPENAI_API_KEY", SECRET + "\n")
+@pytest.mark.parametrize("secret", [SECRET, "0f1e2d3c4b5a69788796a5b4c3d2e1f0"])
+def test_the_key_is_sent_and_reaches_no_file_and_no_message(secret, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OPENAI_API_KEY", secret + "\n")
     faults = {"question 0": ["echo"], "question 1": ["422"], "question 2": ["500"]}
     with ChatServer(lambda prompt: faults.get(prompt, [])) as server, opened(tmp_path) as acc:
         found = Endpoint(model="m", base_url=server.url).ask(numbered(4), acc)
-        assert {request["headers"]["authorization"] for request in server.requests} == {f"Bearer {SECRET}"}
+        assert {request["headers"]["authorization"] for request in server.requests} == {f"Bearer {secret}"}
         assert found[0].text == "you sent Bearer ***"
-        assert "no 422 for" in found[1].why and SECRET[3:] not in found[1].why
+        assert "no 422 for" in found[1].why and secret[3:] not in found[1].why
         files = [path.read_bytes() for path in tmp_path.iterdir()]  # the log of SQLite too
     files += [path.read_bytes() for path in tmp_path.iterdir()]
     assert len(files) >= 3 and any(b"question" not in data and b"answered" in data for data in files)
-    assert not any(SECRET[3:].encode() in data for data in files)
-    assert SECRET[3:] not in "".join(capfd.readouterr())
+    assert not any(secret[3:].encode() in data for data in files)
+    assert secret[3:] not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize(
