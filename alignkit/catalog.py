@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
-from alignkit.config import GROUPS, conf_dir
+from alignkit.config import GROUPS, PARTS, conf_dir
 from alignkit.errors import UserError, suggest
 from alignkit.signature import doc_of, settings_of
 
+EXAMPLES = {"reward": "esrl", "critic": "srt_collect", "prompt": "srt_collect"}  # group → a method that takes one
 STAGES = ("sft", "pref", "rm", "rl", "refine", "evaluate", "evaluate_rm", "judge", "study", "pipeline")
 
 
@@ -82,17 +83,18 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
                 lines += ["", f"{base}:", path.with_name(f"{base}.yaml").read_text(encoding="utf-8").rstrip()]
             lines += [*(_memory(content) if group == "preset" else [])]
             if "_target_" in content:
-                lines += ["", doc_of(content["_target_"]), "", f"settings ({group}.NAME=VALUE):", *_lines(content)]
+                where = group if group not in PARTS else f"algo.{group}"
+                lines += ["", doc_of(content["_target_"]), "", f"settings ({where}.NAME=VALUE):", *_lines(content)]
         else:
             lines += [doc_of(target), "", "settings (algo.NAME=VALUE):"]
             lines += _lines(content["algo"])
             groups = [e for e in content.get("defaults", []) if isinstance(e, dict)]
-            chosen = {k.removeprefix("override /"): v for e in groups for k, v in e.items()}
+            chosen = {k.removeprefix("override ").strip("/").partition("@")[0]: v for e in groups for k, v in e.items()}
             lines += ["", "brings: " + ", ".join(f"{k}={v}" for k, v in chosen.items())] if chosen else []
         example = (
             f"alignkit train {plus}{group}={name}"
             if plus
-            else f"alignkit train +algo={'esrl' if group == 'reward' else 'sft'} {group}={name}"
+            else f"alignkit train +algo={EXAMPLES.get(group, 'sft')} {group}={name}"
         )
         if content.get("stage") == "evaluate":
             example = "alignkit evaluate RUN_OR_MODEL"

@@ -150,7 +150,7 @@ def hydra_words(words: list[str]) -> list[str]:
         UserError: a key that the schema does not have, a group option that does not exist.
     """
     from alignkit.catalog import options
-    from alignkit.config import GROUPS, schema_keys
+    from alignkit.config import GROUPS, PARTS, schema_keys
 
     words = [f"+{w}" if w.startswith("preset=") else w for w in words]
     if any(w.startswith("+preset=") for w in words):
@@ -158,7 +158,7 @@ def hydra_words(words: list[str]) -> list[str]:
     else:
         words = [f"+{w}" if w.startswith("algo=") else w for w in words]
     words = [re.sub(r"^\+(model|data|reward)=", r"\1=", w) for w in words]  # these groups have a choice to override
-    words = [re.sub(r"^(critic|prompt)=(?=\w)", r"\1@algo.\1=", w) for w in words]  # a part of the method
+    words = [re.sub(rf"^({'|'.join(PARTS)})=(?=\w)", r"\1@algo.\1=", w) for w in words]
     multirun = [w for w in words if w in ("-m", "--multirun")]  # Hydra's parser wants its flags first
     words = multirun + [w for w in words if w not in multirun]
     words = [re.sub(r"^(model|data|reward)=null$", r"~\1", w) for w in words]

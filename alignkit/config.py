@@ -15,7 +15,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from alignkit.errors import UserError, suggest
 from alignkit.signature import Setting, settings_of
 
-GROUPS = ("model", "data", "reward", "algo", "preset", "critic", "prompt")
+PARTS = ("critic", "prompt")  # groups that are chosen for a setting of the method by their name
+GROUPS = ("model", "data", "reward", "algo", "preset", *PARTS)
 NEEDS = {  # what a stage cannot do without
     "sft": ("data", "algo"),
     "pref": ("data", "algo"),

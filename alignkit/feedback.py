@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, str]]
 
+FILE = "feedback.sqlite"  # below run.root
 OPENAI = "https://api.openai.com/v1"
 BACKOFF = 0.5  # seconds before the first repetition, doubled for each further one …
 LONGEST = 60.0  # … up to this, where the server does not say how long to wait
@@ -113,10 +114,6 @@ class Account:
         self._db: sqlite3.Connection | None = None
 
     def __enter__(self) -> Account:
-        with self._explained():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = _opened(self.path)
-            self.spent = self._one("SELECT coalesce(sum(cost), 0.0) FROM calls WHERE run = ?", self.run)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -173,6 +170,8 @@ class Account:
             Stopped: the run was asked to stop.
             UserError: the budget is spent.
         """
+        with self._explained():
+            self._db_()
         if self.stopping():
             raise Stopped(f"stopped between questions; the answers so far are in {self.path}.")
         if paid and self.budget is not None and self.spent >= self.budget:
@@ -183,7 +182,9 @@ class Account:
 
     def totals(self) -> dict[str, float]:
         """Of this run, resumed or not: ``calls`` that were sent, ``retries`` among them, answers ``cached``, questions that
-        ``failed`` to get a text, ``prompt_tokens``, ``tokens``, ``cost``."""
+        ``failed`` to get a text, ``prompt_tokens``, ``tokens``, ``cost``; nothing where nobody was ever asked."""
+        if self._db is None and not self.path.exists():
+            return {}
         with self._explained():
             sums = self._db_().execute(
                 "SELECT count(*), coalesce(sum(retry > 0), 0), coalesce(sum(prompt_tokens), 0), coalesce(sum(tokens), 0), "
@@ -227,7 +228,11 @@ class Account:
         return self._db_().execute(query, values).fetchone()[0]
 
     def _db_(self) -> sqlite3.Connection:
-        assert self._db is not None, "an account is used inside `with`"
+        """The file, made when it is first needed: a critic that is a program asks nobody."""
+        if self._db is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = _opened(self.path)
+            self.spent = self._one("SELECT coalesce(sum(cost), 0.0) FROM calls WHERE run = ?", self.run)
         return self._db
 
     @contextmanager
@@ -252,11 +257,19 @@ class Account:
             ) from None
 
 
+def forget(path: Path, run: str) -> None:
+    """Take a run's calls and failures off the file, where there is one; answers stay, whoever asked for them."""
+    if path.exists():
+        with Account(path, run) as account, account._explained(), account._transaction() as db:
+            for table in ("calls", "failures", "served"):
+                db.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
+
+
 def account(run: Run) -> Account:
     """The account of a run: its file lies in ``run.root``, and the run's budget and a wish to stop count."""
     settings = run.cfg.run
     return Account(
-        Path(settings.root) / "feedback.sqlite",
+        Path(settings.root) / FILE,
         str(run.dir),
         settings.concurrency,
         settings.budget,

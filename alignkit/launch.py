@@ -17,6 +17,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from alignkit import feedback
 from alignkit.config import check, same_settings, same_sources
 from alignkit.data import Data, overlap
 from alignkit.errors import UserError
@@ -48,6 +49,7 @@ def launch(cfg: DictConfig) -> dict[str, Any]:
     with locked(directory):
         if cfg.run.overwrite:
             _clear(directory)
+            feedback.forget(Path(cfg.run.root) / feedback.FILE, str(directory))
         done = _finished(cfg, directory, data)
         if done is not None:
             print(f"{directory} is finished; nothing to do. Start anew with run.overwrite=true.")

@@ -17,6 +17,7 @@ from alignkit import catalog
 from alignkit.cli import main
 from alignkit.config import GROUPS, NEEDS, check, conf_dir, signature
 from alignkit.errors import UserError
+from alignkit.stages import pipeline
 
 ROOT = Path(__file__).parent.parent
 CONF = conf_dir()
@@ -197,9 +198,8 @@ def test_every_option_can_be_swapped_in(group: str, name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_steps_of_a_preset_can_be_run(name: str) -> None:
     """The steps of a pipeline are commands; ``{step}`` in them stands for the directory of an earlier one."""
-    steps: Any = OmegaConf.to_container(composed(preset_words(name)).steps)
-    for i, words in enumerate(steps.values()):
-        check(completed([word.format(**dict.fromkeys([*steps][:i], "runs/earlier")) for word in words]))
+    for words in pipeline.steps(composed(preset_words(name))).values():
+        check(completed(words))
 
 
 @pytest.mark.parametrize("words", LEFT_OPEN, ids=lambda words: words[-1])

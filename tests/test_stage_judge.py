@@ -160,7 +160,7 @@ def test_the_last_step_of_a_pipeline(tmp_path: Path) -> None:
     ran = command("train", "--config-dir", "mine", "+preset=compared", "run.wandb=disabled", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     (report,) = (tmp_path / "runs").glob("compared-*/report.md")
-    assert "| judge | win_rate/first/reward | " in report.read_text(encoding="utf-8")
+    assert "| first | reward | 50.00 [50.00, 50.00] |" in report.read_text(encoding="utf-8")
     assert "| judge | verdict | | refined wins " in report.read_text(encoding="utf-8")
 
 

@@ -32,9 +32,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     write_atomically(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(whole(cfg))))
     done: dict[str, str] = {}
     results: dict[str, Any] = {}
-    steps = _steps(cfg)
-    _check(steps)
-    for name, words in steps.items():
+    commands = steps(cfg)
+    _check(commands)
+    for name, words in commands.items():
         print(f"== {name}: alignkit train {' '.join(words)}", flush=True)
         code, asked = _run_to_its_end([sys.executable, "-m", "alignkit", "train", *words])
         if asked or code == 130:
@@ -55,14 +55,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def _steps(cfg: DictConfig) -> dict[str, list[str]]:
-    """Step → the words of its command."""
+def steps(cfg: DictConfig) -> dict[str, list[str]]:
+    """Step of a pipeline → the words of its command."""
     directory, run = Path(cfg.run.dir), cfg.run
-    steps: Any = OmegaConf.to_container(cfg.steps, resolve=True)
+    given: Any = OmegaConf.to_container(cfg.steps, resolve=True)
     more: Any = OmegaConf.to_container(cfg.more, resolve=True)
     known: dict[str, str] = {}
     found = {}
-    for name, words in steps.items():
+    for name, words in given.items():
         added = more.get(name, [])
         words = [*words, *([added] if isinstance(added, str) else added)]
         found[name] = [
@@ -83,7 +83,7 @@ def _flat(words: list[Any]) -> list[str]:
     return [one for word in words for one in (_flat(word) if isinstance(word, list) else [word])]
 
 
-def _check(steps: dict[str, list[str]]) -> None:
+def _check(commands: dict[str, list[str]]) -> None:
     """Compose every step and compare it with what its classes accept, before the first is run.
 
     Raises:
@@ -95,7 +95,7 @@ def _check(steps: dict[str, list[str]]) -> None:
 
     from alignkit.cli import hydra_words
 
-    for name, words in steps.items() if GlobalHydra.instance().is_initialized() else ():
+    for name, words in commands.items() if GlobalHydra.instance().is_initialized() else ():
         try:
             check(compose("config", hydra_words(words)))
         except UserError as e:
