@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -207,7 +208,7 @@ def test_a_row_ends_with_the_stop_tokens_and_the_others_are_as_without(
     ragged_policy: Policy, rows: Any, length: int
 ) -> None:
     """More rows than leave the batch at a time; the stop tokens are chosen from the middle of a row."""
-    data, free = rows(6), None
+    data = rows(6)
     free = sampled(ragged_policy, data, ())
     longest = int(free.lengths.argmax())
     begin = int(free.lengths[longest]) // 2
@@ -235,7 +236,7 @@ def test_stop_tokens_that_come_apart_or_in_the_prompt_do_not_end_a_row(ragged_po
     pair = next(
         (a, c)
         for a, c in zip(ids, ids[2:], strict=False)
-        if not any((x, y) == (a, c) for x, y in zip(ids, ids[1:], strict=False))
+        if not any((x, y) == (a, c) for x, y in itertools.pairwise(ids))
     )
     found = sampled(ragged_policy, data, pair)
     assert found.response_ids[i, : int(found.lengths[i])].tolist() == ids
@@ -275,7 +276,7 @@ def test_an_answer_given_leads_to_what_the_model_writes_after_its_own() -> None:
 
 
 def test_an_encoder_decoder_does_not_go_on_from_a_text(tiny_seq2seq: Policy, rows: Any) -> None:
-    with pytest.raises(UserError, match="encoder–decoder model cannot go on .* take a causal model"):
+    with pytest.raises(UserError, match=r"encoder–decoder model cannot go on .* take a causal model"):
         tiny_seq2seq.generate(rows(1), 1, Decode(max_new_tokens=4), begun=["a"])
 
 
