@@ -35,6 +35,11 @@ class SRTCollect(Improve):
         super().__post_init__()
         need(self, "reasks >= 0")
 
+    def prepare(self, rows: list[Row]) -> list[Row]:
+        if self.drafts is not None:
+            column(rows, self.drafts)
+        return rows
+
     @property
     def needs_policy(self) -> bool:  # type: ignore[override]
         return self.drafts is None
