@@ -10,7 +10,7 @@ import torch
 from alignkit.algos._refine import Improve, drafts_of, instruction
 from alignkit.critique import FEEDBACK
 from alignkit.data import Row, read
-from alignkit.errors import UserError
+from alignkit.errors import UserError, need
 from alignkit.feedback import Account
 from alignkit.policy import Policy
 from alignkit.protocols import criticised
@@ -28,6 +28,10 @@ class SRTSelf(Improve):
     min_gain: int = 1
     max_feedback_tokens: int = 256  # of a critique and a rewrite together
     not_in: str | None = None  # run or file of stage 1, whose instructions are left out
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need(self, "max_feedback_tokens >= 1")
 
     def prepare(self, rows: list[Row]) -> list[Row]:
         if self.not_in is None:
