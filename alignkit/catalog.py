@@ -16,7 +16,7 @@ from alignkit.config import GROUPS, conf_dir
 from alignkit.errors import UserError, suggest
 from alignkit.signature import doc_of, settings_of
 
-STAGES = ("sft", "pref", "rm", "rl", "refine", "evaluate", "evaluate_rm", "study", "pipeline")
+STAGES = ("sft", "pref", "rm", "rl", "refine", "evaluate", "evaluate_rm", "judge", "study", "pipeline")
 
 
 def options(group: str, extra: list[Path] = []) -> dict[str, Path]:  # noqa: B006
@@ -98,6 +98,10 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
             example = "alignkit evaluate RUN_OR_MODEL"
         if content.get("stage") == "evaluate_rm":  # what `alignkit evaluate RUN` does with a reward model
             example = "alignkit train +algo=evaluate_rm model.path=RUN data=polite"
+        if content.get("stage") == "judge":
+            example = (
+                "alignkit train +algo=judge data=tatoeba_en_de reward=chrf 'algo.outputs={base: runs/A, tuned: runs/B}'"
+            )
         example += "".join(f" {key}=VALUE" for key in _left_open(group, path, extra))
         return "\n".join([*lines, "", f"example: {example}"])
     every = [n for group in GROUPS for n in options(group, extra)]

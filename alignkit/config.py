@@ -24,6 +24,7 @@ NEEDS = {  # what a stage cannot do without
     "rl": ("data", "reward", "algo"),
     "evaluate": ("data",),
     "evaluate_rm": ("data",),
+    "judge": ("data", "algo"),
     "study": ("algo",),
     "pipeline": ("steps",),
 }

@@ -64,8 +64,8 @@ class Oracle:
 class PostEdit:
     """Takes the human post-edit of a machine translation for the rewrite, and the words in which both differ for the critique.
 
-    The score is ``10 - ceil(10 * HTER)``, at least 1: the post-edit itself has 10, and 9 says that at most a tenth of the
-    words had to be changed. HTER is the row's own for its translation, else the word edits to the post-edit over its length.
+    The post-edit itself scores 10, all else ``10 - ceil(10 * HTER)``, from 1 to 9: 9 says that at most a tenth of the words
+    had to be changed. HTER is the row's own for its translation, else the word edits to the post-edit over its length.
     """
 
     translation: str = "mt"  # column of the machine translation
@@ -98,7 +98,7 @@ class PostEdit:
             hter = _number(row, self.hter)
         else:
             hter = word_edits(there, wanted) / max(1, len(wanted))
-        score = max(1, 10 - ceil(round(10 * hter, 6)))
+        score = max(1, min(9, 10 - ceil(round(10 * hter, 6))))
         return Answer(said("; ".join(weaknesses) + ".", "; ".join(suggestions) + ".", score, edited))
 
 
@@ -111,8 +111,8 @@ class Fixed:
     as it did, to say the formula, and to copy.
     """
 
-    weaknesses: str = "some items may be wrong"  # said of every response
-    suggestions: str = "look at each item again"  # likewise
+    weaknesses: str = "an item is missing or too much"  # said of every response
+    suggestions: str = "write it again"  # likewise
     score: int = 6  # 1 to 10; the paper's critic gave a first draft 5.3 on average
 
     def __post_init__(self) -> None:

@@ -14,13 +14,21 @@ IMPROVED = "### Improved Response"
 KEEPS = ("full", "no_score", "no_suggestion", "no_weakness", "no_feedback", "refinement_only")  # Table 6
 
 _FLAGS = re.MULTILINE | re.IGNORECASE | re.ASCII
-_SCORE = re.compile(r"(?:#+[ \t]*)?Overall\s+Score\s*:?\s*\[\[\s*(10|[1-9])\s*\]\]", _FLAGS)
-_IMPROVED = re.compile(r"^[ \t]*#+[ \t]*Improved[ \t]+Response[ \t]*:?[ \t]*$", _FLAGS)
-_FEEDBACK = re.compile(r"^[ \t]*#+[ \t]*Feedback[ \t]*:?[ \t]*$", _FLAGS)
-_HEADING = r"^[ \t]*(?:#+[ \t]*)?(?:\d+[.)][ \t]*)?[*_]*(?:{words})[*_]*[ \t]*:[*_]*"
-_WEAKNESSES = re.compile(_HEADING.format(words=r"(?:identif(?:y|ied)[ \t]+)?weak(?:ness(?:es)?)?"), _FLAGS)
+# bold face, numbers and number signs stand around the words as models like to have them; a text may be long and hostile, so
+# what is repeated is possessive (++, *+): no way of reading it is tried twice
+_SCORE = re.compile(
+    r"(?:^[#*_ \t]*+(?:\d++[.)])?[#*_ \t]*+|(?<!#)#++[ \t]*+)?"
+    r"Overall\s++Score[\s*_]*+:?[\s*_]*+\[\[\s*+(10|[1-9])\s*+\]\][*_]*+",
+    _FLAGS,
+)
+_LINE = r"^[ \t]*+#++[ \t*_]*+{words}[ \t*_]*+:?[ \t*_]*+\r?$"
+_IMPROVED = re.compile(_LINE.format(words=r"Improved[ \t]++Response"), _FLAGS)
+_FEEDBACK = re.compile(_LINE.format(words="Feedback"), _FLAGS)
+# of a field: a colon behind the words, or a line of their own
+_HEADING = r"^[ \t]*+(?:#++[ \t]*+)?(?:\d++[.)][ \t]*+)?[*_]*+(?:{words})[*_]*+[ \t]*+(?::[*_]*+|\r?$)"
+_WEAKNESSES = re.compile(_HEADING.format(words=r"(?:identif(?:y|ied)[ \t]++)?weak(?:ness(?:es)?)?"), _FLAGS)
 _SUGGESTIONS = re.compile(
-    _HEADING.format(words=r"(?:offer[ \t]+)?(?:actionable[ \t]+)?(?:advi[cs]e|suggestions?)"), _FLAGS
+    _HEADING.format(words=r"(?:offer[ \t]++)?(?:actionable[ \t]++)?(?:advi[cs]e|suggestions?)"), _FLAGS
 )
 
 
@@ -114,5 +122,5 @@ def feedback(weaknesses: str, suggestions: str, score: int, keep: str = "full") 
 
 def answer(text: str) -> str:
     """The first answer in what a model wrote: all before the first marker."""
-    marker = _FEEDBACK.search(text)
-    return (text[: marker.start()] if marker else text).strip()
+    starts = [marker.start() for marker in (_FEEDBACK.search(text), _IMPROVED.search(text)) if marker]
+    return text[: min(starts, default=len(text))].strip()

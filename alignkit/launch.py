@@ -22,6 +22,12 @@ from alignkit.data import Data, overlap
 from alignkit.errors import UserError
 from alignkit.signature import file_of
 
+EVALUATES = (
+    "evaluate",
+    "evaluate_rm",
+    "judge",
+)  # stages that learn nothing: no training rows are read, and they are done again
+
 
 def launch(cfg: DictConfig) -> dict[str, Any]:
     """Run one configuration; returns what ``result.json`` holds.
@@ -110,8 +116,7 @@ def _run(cfg: DictConfig, data: Data | None) -> dict[str, Any]:
 
 def _read(cfg: DictConfig, data: Data) -> dict[str, Any]:
     """Read every split that the stage wants; sources, counts, fingerprints, and what is odd about them."""
-    evaluates = cfg.stage in ("evaluate", "evaluate_rm")
-    wanted = ("dev", "test") if evaluates else ("train", "dev", "test")
+    wanted = ("dev", "test") if cfg.stage in EVALUATES else ("train", "dev", "test")
     rows = {split: data.rows(split) for split in wanted}
     record: dict[str, Any] = {
         "sources": {split: getattr(data, split) for split in wanted},
@@ -187,7 +192,7 @@ def _hash_folder(folder: Path) -> str:
 def _finished(cfg: DictConfig, directory: Path, data: Data | None) -> dict[str, Any] | None:
     """The result of a finished run of this very configuration on these very data, if there is one."""
     file = directory / "result.json"
-    if not file.exists() or cfg.stage in ("evaluate", "evaluate_rm"):
+    if not file.exists() or cfg.stage in EVALUATES:
         return None
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     same_settings(directory, result["signature"], cfg)

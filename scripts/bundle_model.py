@@ -28,7 +28,7 @@ def main(run: Path, name: str) -> None:
     test = result["evaluation"]["after"]["test"]
     metrics = "\n".join(f"| {k} | {v['value']:.2f} | {v['low']:.2f} to {v['high']:.2f} |" for k, v in test.items())
     hashes = "\n".join(
-        f"- {split}: `{digest}` ({data['rows'][split]} rows)" for split, digest in data["sha256"].items()
+        f"- {split}: `{data['sha256'][f'data.{split}']}` ({rows} rows)" for split, rows in data["rows"].items()
     )
     card = f"""---
 library_name: transformers
@@ -72,6 +72,11 @@ LICENSES = {
         "apache-2.0",
         "Sums and differences of 4 to 6 digits, worked out step by step. Trained on rows that "
         "scripts/prepare_arithmetic.py makes.",
+    ),
+    "lists": (
+        "apache-2.0",
+        "Instructions on lists of digits: sort, reverse, no repeats, keep even. Trained on rows that "
+        "scripts/prepare_lists.py makes, 30 % of them faulty; its vocabulary holds the words of a critique too.",
     ),
     "nlg": (
         "apache-2.0",

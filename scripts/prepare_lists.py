@@ -2,12 +2,14 @@
 
     python scripts/prepare_lists.py OUT_DIR [TOKENIZER_DIR]
 
-A prompt is one of five operations (alignkit/rewards/lists.py) on 6 to 9 digits; the response is its answer. No prompt occurs
+A prompt is one of five operations (alignkit/rewards/lists.py) on 4 to 6 digits; the response is its answer. No prompt occurs
 twice, in one split or in two.
 
 - ``train``: demonstrations. 30 % of the responses have one to three faults: the model that learns from them has to be imperfect.
+  The last 3,000 are no operations but edits, ``write 5 as item 3: 1 3 4``: the model has to understand advice before it
+  can learn to give and take it.
 - ``first``, ``second``: instructions for the two stages of SRT (arXiv 2406.07168), whose answers are right.
-- ``dev``, ``test``: held out. ``draft`` of dev is the right answer, or one with one to three faults, half of them each.
+- ``dev``, ``test``: held out. ``draft`` of dev is the right answer, or, of 70 %, one with one to three faults.
 
 The vocabulary is trained on demonstrations and on critiques of them, so that the words of a critique are few tokens.
 """
@@ -25,37 +27,43 @@ from alignkit import critique
 from alignkit.critics import Oracle
 from alignkit.feedback import Question
 from alignkit.loading import train_tokenizer
-from alignkit.rewards.lists import OPERATIONS, corrupted, solve, written
+from alignkit.rewards.lists import OPERATIONS, corrupted, repairs, solve, written
 
-ITEMS = (6, 9)
-SIZES = {"test": 800, "dev": 400, "first": 6_000, "second": 6_000, "train": 6_000}
+ITEMS = (4, 6)
+SIZES = {"test": 800, "dev": 300, "first": 4_000, "second": 4_000, "train": 11_000}
+EDITS = 3_000  # of the demonstrations
 FAULTY = 0.3
+DRAFTS = 0.7
 VOCABULARY = 400
 
 
 def make(seed: int = 17) -> dict[str, list[dict[str, Any]]]:
-    """Split → rows; operations take turns: each has a fifth of every split."""
+    """Split → rows; operations take turns: each has a fifth of every split (of train, of the rows that are no edits)."""
     rng = random.Random(seed)
     seen: set[str] = set()
-    rows: list[dict[str, Any]] = []
-    while len(rows) < sum(SIZES.values()):
-        operation = list(OPERATIONS)[len(rows) % len(OPERATIONS)]
-        items = [rng.randrange(10) for _ in range(rng.randint(*ITEMS))]
-        prompt = f"{operation}: {written(items)}"
-        if prompt in seen or len(solve(prompt)) < 3:  # at least two items are left
-            continue
-        seen.add(prompt)
-        rows.append({"prompt": prompt, "response": solve(prompt)})
-    splits, begin = {}, 0
+    splits: dict[str, list[dict[str, Any]]] = {}
     for split, size in SIZES.items():
-        splits[split] = rows[begin : begin + size]
-        begin += size
+        rows = splits[split] = []
+        while len(rows) < size:
+            operation = list(OPERATIONS)[len(rows) % len(OPERATIONS)]
+            prompt = f"{operation}: {_items(rng)}"
+            if split == "train" and len(rows) >= size - EDITS:
+                wrong = _faulty(solve(prompt), rng)
+                prompt = f"{'; '.join(repairs(prompt, wrong)[: Oracle.most]) or operation}: {wrong}"
+            if prompt in seen or len(solve(prompt)) < 3:  # at least two items are left
+                continue
+            seen.add(prompt)
+            rows.append({"prompt": prompt, "response": solve(prompt)})
     for row in splits["train"]:
         if rng.random() < FAULTY:
             row["response"] = _faulty(row["response"], rng)
     for row in splits["dev"]:
-        row["draft"] = _faulty(row["response"], rng) if rng.random() < 0.5 else row["response"]
+        row["draft"] = _faulty(row["response"], rng) if rng.random() < DRAFTS else row["response"]
     return splits
+
+
+def _items(rng: random.Random) -> str:
+    return written([rng.randrange(10) for _ in range(rng.randint(*ITEMS))])
 
 
 def _faulty(response: str, rng: random.Random) -> str:

@@ -147,7 +147,7 @@ def test_the_card_of_a_method(name: str) -> None:
     lines = catalog.card(name).split("\n")
     assert lines[0] == f"{name}  (algo, stage {composed([f'+algo={name}']).stage})"
     assert lines[2] == (cls.__doc__ or "").split("\n")[0]
-    parts = {k: v for k, v in given["algo"].items() if isinstance(v, dict)}
+    parts = {k: v for k, v in given["algo"].items() if isinstance(v, dict) and "_target_" in v}
     for part, settings in parts.items():
         for field in dataclasses.fields(get_class(settings["_target_"])):
             line = next(x for x in lines if x.startswith(f"  {part}.{field.name}: "))

@@ -49,7 +49,7 @@ def holds(node: Any, given: Any) -> bool:
 
 def method_words(name: str) -> list[str]:
     """``+algo=NAME`` with what the method leaves to the user; held-out rows are what `evaluate` is given."""
-    data = ["data=rnnlg"] if content("algo", name).get("stage") in ("evaluate", "evaluate_rm") else []
+    data = ["data=rnnlg"] if content("algo", name).get("stage") in ("evaluate", "evaluate_rm", "judge") else []
     return [f"+algo={name}", *data, *filled(content("algo", name), "")]
 
 

@@ -7,6 +7,7 @@ SRT (arXiv 2406.07168) needs it: which item is wrong, and what should stand ther
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,8 +27,12 @@ OPERATIONS: dict[str, Callable[[list[int]], list[int]]] = {
 }
 
 
+_EDIT = re.compile(r"(?:write (\d) as|drop) item (\d+)", re.ASCII)
+
+
 def solve(prompt: str) -> str:
-    """The right answer to ``OPERATION: d d d …``.
+    """The right answer to ``OPERATION: d d d …``; an operation is one of ``OPERATIONS``, or ``repairs`` such as
+    ``write 5 as item 3; drop item 6`` (items are counted as they stand in the prompt).
 
     Raises:
         UserError: the prompt is not of that form.
@@ -38,9 +43,18 @@ def solve(prompt: str) -> str:
         raise UserError(
             f"the prompt {prompt!r} is not of the form 'sort up: 5 3 9': an operation and a list of digits."
         )
+    edits = [_EDIT.fullmatch(part.strip()) for part in operation.split(";")]
+    if all(edits):
+        return written(_edited(items, {int(e[2]): e[1] for e in edits if e}))
     if operation.strip() not in OPERATIONS:
         raise UserError(f"the prompt {prompt!r}: no operation {operation!r}.{suggest(operation, OPERATIONS)}")
     return written(OPERATIONS[operation.strip()](items))
+
+
+def _edited(items: list[int], edits: dict[int, str | None]) -> list[int]:
+    """The digits with others in some slots, counted from 1, or none; a slot behind the last item adds one."""
+    slots: dict[int, int | str | None] = {**dict(enumerate(items, 1)), **edits}
+    return [int(item) for _, item in sorted(slots.items()) if item is not None]
 
 
 def parse(text: str) -> list[int] | None:

@@ -238,6 +238,7 @@ PER_CENT = {
     "ties",
     "macro",
     "longer_wins",
+    "win_rate",
 }
 
 

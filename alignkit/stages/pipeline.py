@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import string
@@ -12,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from alignkit.config import signature, whole
+from alignkit.config import check, signature, whole
 from alignkit.errors import Stopped, UserError, suggest
 from alignkit.files import write_atomically
 from alignkit.stages import evaluate
@@ -25,26 +26,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     ``run`` a step shares are put before them, ``cfg.more`` behind them (``more.ppo="algo.steps=5"``). Each step is a process of its own, so that its memory is given back.
 
     Raises:
-        UserError: a step that fails, or a word that names an unknown step.
+        UserError: a step that fails, or, before any is run, words that cannot be.
     """
     directory = Path(cfg.run.dir)
     write_atomically(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(whole(cfg))))
     done: dict[str, str] = {}
     results: dict[str, Any] = {}
-    steps: Any = OmegaConf.to_container(cfg.steps, resolve=True)
-    more: Any = OmegaConf.to_container(cfg.more, resolve=True)
+    steps = _steps(cfg)
+    _check(steps)
     for name, words in steps.items():
-        added = more.get(name, [])
-        words = [*words, *([added] if isinstance(added, str) else added)]
-        words = [
-            f"run.dir={directory / name}",
-            f"run.root={cfg.run.root}",
-            f"run.concurrency={cfg.run.concurrency}",
-            f"run.budget={'null' if cfg.run.budget is None else cfg.run.budget}",
-            f"seed={cfg.seed}",
-            f"run.wandb={cfg.run.wandb}",
-            *(_fill(w, done, name) for w in words),
-        ]
         print(f"== {name}: alignkit train {' '.join(words)}", flush=True)
         code, asked = _run_to_its_end([sys.executable, "-m", "alignkit", "train", *words])
         if asked or code == 130:
@@ -65,10 +55,58 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
+def _steps(cfg: DictConfig) -> dict[str, list[str]]:
+    """Step → the words of its command."""
+    directory, run = Path(cfg.run.dir), cfg.run
+    steps: Any = OmegaConf.to_container(cfg.steps, resolve=True)
+    more: Any = OmegaConf.to_container(cfg.more, resolve=True)
+    known: dict[str, str] = {}
+    found = {}
+    for name, words in steps.items():
+        added = more.get(name, [])
+        words = [*words, *([added] if isinstance(added, str) else added)]
+        found[name] = [
+            f"run.dir={directory / name}",
+            f"seed={cfg.seed}",
+            f"run.wandb={run.wandb}",
+            f"run.root={run.root}",
+            f"run.concurrency={run.concurrency}",
+            f"run.budget={'null' if run.budget is None else run.budget}",
+            *(_fill(w, known, name) for w in words),
+        ]
+        known[name] = str(directory / name)
+    return found
+
+
+def _check(steps: dict[str, list[str]]) -> None:
+    """Compose every step and compare it with what its classes accept, before the first is run.
+
+    Raises:
+        UserError: one that cannot be run; names the step.
+    """
+    from hydra import compose
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    from alignkit.cli import hydra_words
+
+    for name, words in steps.items() if GlobalHydra.instance().is_initialized() else ():
+        try:
+            check(compose("config", hydra_words(words)))
+        except UserError as e:
+            raise UserError(f"steps.{name}: {e}") from None
+        except HydraException as e:
+            raise UserError(f"steps.{name}: {str(e).splitlines()[0]}") from None
+
+
 def report(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: the test metrics of every step before and after it, and how far an RL step went from its start."""
     lines, note = ["| step | metric | before | after |", "|---|---|---|---|"], ""
+    own = {step: importlib.import_module(f"alignkit.stages.{result['stage']}") for step, result in results.items()}
+    own = {step: stage for step, stage in own.items() if hasattr(stage, "summary")}  # what the table has no place for
     for step, result in results.items():
+        if step in own:
+            continue
         evaluation = result.get("evaluation", {})
         before = (evaluation.get("before") or {}).get("test", {})
         after = evaluation.get("after", evaluation) or {}
@@ -80,7 +118,9 @@ def report(results: dict[str, dict[str, Any]]) -> str:
         if "kl" in result.get("training", {}):
             lines.append(f"| {step} | KL to the start, nats a response* | 0 | {result['training']['kl']:.2f} |")
             note = "\n\n\\* of the samples from which the last step of these weights learned"
-    return "\n".join(lines) + note
+    text = "\n".join(lines) + note if len(lines) > 2 else ""
+    sections = [f"## {step}\n\n{stage.summary(results[step]).strip()}" for step, stage in own.items()]
+    return "\n\n".join([*([text] if text else []), *sections])
 
 
 def _run_to_its_end(command: list[str]) -> tuple[int, bool]:

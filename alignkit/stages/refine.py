@@ -89,9 +89,14 @@ def _scores(found: list[Row]) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """What a finished run prints: how many rows came through each filter, the scores, what it cost."""
+    """What a finished run prints."""
+    return f"\n{summary(result)}\nfiles: {result['directory']} (data.jsonl, README.md)"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """How many rows came through each filter, the scores, what it cost."""
     rows = result["rows"]
-    lines = ["", "| rows | |", "|---|---|", f"| read | {rows['read']:,} |"]
+    lines = ["| rows | |", "|---|---|", f"| read | {rows['read']:,} |"]
     lines += [f"| dropped: {reason} | {n:,} |" for reason, n in sorted(rows["dropped"].items(), key=lambda x: -x[1])]
     lines += [f"| kept | {rows['kept']:,} |", ""]
     names = {"score_response": "draft", "score_refinement": "refinement", "score": "best"}
@@ -111,7 +116,6 @@ def report(result: dict[str, Any]) -> str:
             f"{spent['calls']:.0f} calls, {spent['cached']:.0f} answers from the cache, {spent['failed']:.0f} failed, "
             f"{spent['prompt_tokens']:,.0f} tokens read, {spent['tokens']:,.0f} written, cost {spent['cost']:.4g}."
         )
-    lines.append(f"files: {result['directory']} (data.jsonl, README.md)")
     return "\n".join(lines)
 
 
@@ -121,7 +125,7 @@ def _card(cfg: DictConfig, result: dict[str, Any], found: list[Row]) -> str:
     lines = [
         f"# Rows of {cfg.name}, seed {cfg.seed}", "",
         f"Made by alignkit, stage `refine`, from `{cfg.data.train}`. SHA-256 of data.jsonl: `{result['data_sha256']}`.",
-        report(result), "", "## Examples", "",
+        "", summary(result), "", "## Examples", "",
     ]  # fmt: skip
     lines += [_block(row) for row in kept[:3]]
     for reason in result["rows"]["dropped"]:
