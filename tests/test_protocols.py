@@ -10,7 +10,7 @@ import torch
 from critical import FIRST, PROMPTS, REFINED, SCORES, ask, critical_policy
 
 from alignkit.config import Evaluate
-from alignkit.critique import FEEDBACK, IMPROVED, written
+from alignkit.critique import FEEDBACK, IMPROVED, answer, written
 from alignkit.decode import Decode
 from alignkit.errors import UserError
 from alignkit.policy import Policy
@@ -27,9 +27,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def dialogue(answer: str, refined: str) -> str:
+def dialogue(first: str, refined: str) -> str:
     """What the model has learned to write, from its first answer on."""
-    return written(answer, f"w{SCORES[answer]}.", f"s{SCORES[answer]}.", SCORES[answer], refined)
+    return written(first, f"w{SCORES[first]}.", f"s{SCORES[first]}.", SCORES[first], refined)
 
 
 def count(text: str, end: bool = True) -> int:
@@ -75,7 +75,7 @@ def test_rerank_goes_by_the_order_of_samples_among_equals_and_counts_all_that_wa
     how = Decode(max_new_tokens=LONG, stop=policy.tokens_of(FEEDBACK))
     batch = policy.generate(rows, n, how, temperature=torch.ones(4), generator=generator(3))
     for i, row in enumerate(rows):
-        texts = [text.split(FEEDBACK)[0].strip() for text in batch.responses[i * n : (i + 1) * n]]
+        texts = [answer(text) for text in batch.responses[i * n : (i + 1) * n]]
         scores = [own_scores(policy, [row], [text], LONG).item() for text in texts]
         known = [0.0 if s != s else s for s in scores]
         assert found.texts[i] == texts[known.index(max(known))]

@@ -207,6 +207,6 @@ def test_from_critic_to_dpo_on_the_command_line(tmp_path: Path) -> None:
 
 def test_rows_without_feedback_are_refused_before_a_model_is_built(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"instruction": "a", "response": "b"}) + "\n")
+    file.write_text(json.dumps({"instruction": "a", "prompt": "a", "response": "b"}) + "\n")
     with pytest.raises(UserError, match=r"training row 0 has no 'feedback', which srt learns.*data.train=RUN"):
         train(tmp_path, "+algo=srt", "data=srt", f"data.train={file}", "model=hf", "model.path=/no/such/model")
