@@ -125,6 +125,9 @@ def test_a_refinement_needs_a_score_not_fields() -> None:
     fresh = "Overall Score: [[9]]\n### Improved Response\nz"
     [found] = collected(Says(lambda q: said(3, "r") if q.response == "y" else fresh), ["y"], need_fields=True)
     assert "dropped" not in found and found["score_refinement"] == 9
+    answers = {"y": said(3, "r"), "r": fresh, "z": fresh.replace("9", "10")}
+    [found] = collected(Says(lambda q: answers[q.response]), ["y"], need_fields=True, rounds=2)
+    assert (found["refinement"], found["scores"]) == ("z", [3, 9, 10])  # and it goes on
     [found] = collected(Says(lambda q: said(3, "r") if q.response == "y" else "fine"), ["y"])
     assert found["dropped"] == "refinement not scored"
 
