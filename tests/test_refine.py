@@ -205,7 +205,7 @@ def test_columns_of_the_data_are_no_scores_of_the_run(tmp_path: Path, own: Path,
 def test_killed_in_the_middle_it_ends_as_if_it_had_not_been(tmp_path: Path, own: Path, collecting: Any) -> None:
     """Parts that were finished are not asked about again; the one in the middle is."""
     _, whole = train(tmp_path / "whole", *collecting(log="log_of_whole"))
-    words, log, run = collecting("algo.critic.seconds=0.1"), tmp_path / "log", tmp_path / "runs" / "run"
+    words, log, run = collecting("algo.critic.seconds=0.2"), tmp_path / "log", tmp_path / "runs" / "run"
     process = started(words, tmp_path / "runs", own)
     state = run / "parts" / "run.json"
     wait_for(lambda: state.exists() and json.loads(state.read_text())["step"] >= 2, process)
@@ -229,7 +229,7 @@ def test_killed_in_the_middle_it_ends_as_if_it_had_not_been(tmp_path: Path, own:
 
 def test_ctrl_c_stops_after_the_part_and_says_how_to_go_on(tmp_path: Path, own: Path, collecting: Any) -> None:
     _, whole = train(tmp_path / "whole", *collecting(log="log_of_whole"))
-    words, run = collecting("algo.critic.seconds=0.1"), tmp_path / "runs" / "run"
+    words, run = collecting("algo.critic.seconds=0.2"), tmp_path / "runs" / "run"
     process = started(words, tmp_path / "runs", own)
     wait_for(lambda: (run / "parts" / "run.json").exists(), process)
     process.send_signal(signal.SIGINT)
