@@ -213,7 +213,8 @@ class Account:
         answers = self._db_().execute(
             f"SELECT key, text, '', cut, prompt_tokens, tokens FROM answers WHERE key IN ({places})", keys
         )
-        return found | {key: Answer(text, why, bool(cut), *counts) for key, text, why, cut, *counts in answers}
+        # a failure of one's own first: a run that is resumed goes on with what it had, whatever others have got since
+        return {key: Answer(text, why, bool(cut), *counts) for key, text, why, cut, *counts in answers} | found
 
     def _served(self, answers: int) -> None:
         with self._transaction() as db:
@@ -310,8 +311,8 @@ class Endpoint:
     """A chat model behind an OpenAI-compatible endpoint: OpenAI's own, vLLM, `transformers serve` and their like.
 
     A request that the server could not serve (429, 5xx, a timeout, a broken connection or answer) is repeated after the
-    time that the server asks for, else after a growing one. Tokens that the server does not count are taken, for the cost
-    alone, to be no fewer than a byte each. The key is read from the environment and written nowhere.
+    time that the server asks for, else after a growing one. Of an answer that comes without its usage, a byte is taken for a
+    token, in the cost alone, so that a budget holds. The key is read from the environment and written nowhere.
     """
 
     model: str  # as the server names it
@@ -336,6 +337,8 @@ class Endpoint:
         own = {"model", "messages", "temperature", "top_p", "max_tokens", "seed", "stream", "n"} & set(self.extra or {})
         if own:
             raise ValueError(f"extra.{sorted(own)[0]}: is not a further field; one answer is asked for by the settings")
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_env):  # the key itself, perhaps: it is not repeated
+            raise UserError("key_env: must be the name of an environment variable, in capitals, that holds the key.")
         if self.base_url is not None:
             _address(self.base_url, "base_url")
         self._refused: list[tuple[str, Answer]] | None = []  # not yet believed; None: the server has answered something
@@ -424,7 +427,8 @@ class _Asking:
         self.found: dict[str, Answer] = {}
         self.halt: UserError | Stopped | None = None  # why no more requests are made
         self.jitter = random.Random()  # of its own: waiting must not change what anyone else draws
-        self.said = time.monotonic()
+        self.said = time.monotonic()  # when there was last a line about progress
+        self.waits = 0.0  # the end of the wait that was last announced
 
     async def all(self, missing: dict[str, Question]) -> None:
         """Ask them all; what is answered is in ``found``."""
@@ -454,6 +458,8 @@ class _Asking:
             workers = [asyncio.create_task(work()) for _ in range(min(self.account.concurrency, total))]
             try:
                 await asyncio.gather(*workers)
+            except KeyboardInterrupt:  # raised in a worker by a signal's handler: it has left through the loop already
+                raise asyncio.CancelledError from None
             finally:
                 for worker in workers:
                     worker.cancel()
@@ -523,9 +529,9 @@ class _Asking:
         """Wait before a repetition: as long as the server says, else exponentially, with jitter; leave where all stop."""
         seconds = min(LONGEST, BACKOFF * 2**retry) * (1 - self.jitter.random() / 2) if wait is None else wait
         end = time.monotonic() + seconds
-        if seconds > SAY_EVERY and time.monotonic() - self.said > SAY_EVERY:
-            self.said = time.monotonic()
-            self.account.say(f"{self.endpoint.model}: the server is busy; asked again in {seconds:.0f} s …")
+        if seconds > SAY_EVERY and end > self.waits + SAY_EVERY:
+            self.waits = end
+            self.account.say(f"{self.endpoint.model}: the server asks to wait for {seconds:.0f} s …")
         while (left := end - time.monotonic()) > 0:
             self._go_on()
             await asyncio.sleep(min(left, TICK))

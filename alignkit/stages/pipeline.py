@@ -72,10 +72,15 @@ def _steps(cfg: DictConfig) -> dict[str, list[str]]:
             f"run.root={run.root}",
             f"run.concurrency={run.concurrency}",
             f"run.budget={'null' if run.budget is None else run.budget}",
-            *(_fill(w, known, name) for w in words),
+            *(_fill(w, known, name) for w in _flat(words)),
         ]
         known[name] = str(directory / name)
     return found
+
+
+def _flat(words: list[Any]) -> list[str]:
+    """Words, and lists of words that several steps share (YAML's anchors), in one list."""
+    return [one for word in words for one in (_flat(word) if isinstance(word, list) else [word])]
 
 
 def _check(steps: dict[str, list[str]]) -> None:
