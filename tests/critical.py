@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from alignkit.config import Model
@@ -20,10 +22,16 @@ SCORES = {
     "1 0 2": 7,
     "0 1 2": 5,
 }  # the last one: it is wrong
+SELDOM = 0.4  # how often it answers with the refined one at once, to once with the first one
 
 
+@functools.cache
 def critical_policy() -> Policy:
-    """Answers ``PROMPTS`` by ``FIRST``, criticises with ``SCORES`` and rewrites to ``REFINED``, also what is given to it."""
+    """Answers ``PROMPTS`` by ``FIRST``, now and then by ``REFINED``; criticises either with ``SCORES``, also where it is given
+    to it, and rewrites both to ``REFINED``.
+
+    One for all tests of a process: copy it before changing it.
+    """
     texts = []
     for prompt, first, refined in zip(PROMPTS, FIRST, REFINED, strict=True):
         for response in dict.fromkeys((first, refined)):
@@ -34,17 +42,16 @@ def critical_policy() -> Policy:
         "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256, "tie_word_embeddings": True,
     }  # fmt: skip
     policy = load(Model(config=config, vocab_size=330, device="cpu"), 0, [t for pair in texts for t in pair] * 4)
-    # what it is asked first comes first in every dialogue; the other half is learned with the answer given
     rows = [{"prompt": p, "response": t, "references": [], "id": i} for i, (p, t) in enumerate(texts)]
-    given = [i for i, (_, text) in enumerate(texts) if text.split("\n")[0] not in FIRST]
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=4e-3)
     batch = policy.demonstrations(rows)
-    mask = batch.mask.clone()
-    for i in given:  # its answer is given, not written
-        begun = policy._beginnings([rows[i]["response"].split("\n")[0]])[0]
-        mask[i, : len(begun)] = False
+    weight = batch.mask.float()
+    for i, (_, text) in enumerate(texts):
+        answer = text.split("\n")[0]
+        if answer not in FIRST:
+            weight[i, : len(policy.encode_responses([answer])[0]) - 1] = SELDOM
     for step in range(160):
-        loss = -(policy.forward(batch) * mask).sum() / mask.sum()
+        loss = -(policy.forward(batch) * weight).sum() / weight.sum()
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * min(1.0, (160 - step) / 80)
@@ -55,4 +62,5 @@ def critical_policy() -> Policy:
 
 
 def ask(n: int = len(PROMPTS)) -> list[dict[str, object]]:
+    """Rows as ``Data`` gives them, the refined answers being the references."""
     return [{"prompt": p, "response": None, "references": [r], "id": i} for i, (p, r) in enumerate(zip(PROMPTS, REFINED, strict=True))][:n]  # fmt: skip

@@ -56,9 +56,15 @@ class Refine:
         return policy.generate(rows, n, settings, temperature=tau, generator=generator)
 
 
+WRITTEN = (  # columns that say what this run made of a row: one that has them already, from a run before, does not keep them
+    "response", "chosen", "rejected", "dropped", "score", "score_response", "score_refinement", "score_chosen",
+    "score_rejected",
+)  # fmt: skip
+
+
 def own(row: Row) -> Row:
-    """A row's columns as the new data set keeps them: without what the reading of data has added."""
-    return {name: value for name, value in row.items() if name not in ("id", "response", "chosen", "rejected")}
+    """A row's columns as the new data set keeps them: without its number and without what this run writes."""
+    return {name: value for name, value in row.items() if name not in ("id", *WRITTEN)}
 
 
 def instruction(row: Row) -> str:

@@ -41,7 +41,8 @@ class Rejection(Refine):
             best: dict[str, float] = {}
             for j in mine:
                 if float(scores[j]) >= self.threshold:
-                    best.setdefault(batch.responses[j], float(scores[j]))
+                    text = batch.responses[j]
+                    best[text] = max(best.get(text, self.threshold), float(scores[j]))
             made = {**own(row), "instruction": instruction(row), "accepted": len(best)}
             kept = sorted(best.items(), key=lambda pair: -pair[1])[: self.max_per_prompt]
             found += [made | {"response": text, "score": score} for text, score in kept]

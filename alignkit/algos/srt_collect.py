@@ -35,6 +35,11 @@ class SRTCollect(Improve):
         super().__post_init__()
         need(self, "reasks >= 0")
 
+    def prepare(self, rows: list[Row]) -> list[Row]:
+        if self.drafts is not None:
+            column(rows, self.drafts)
+        return rows
+
     @property
     def needs_policy(self) -> bool:  # type: ignore[override]
         return self.drafts is None
@@ -61,7 +66,9 @@ class SRTCollect(Improve):
                 for i in open_
             ]  # fmt: skip
             for i, answer in zip(open_, self.critic.ask(questions, account), strict=True):
-                found[i] = parse(answer.text or "")
+                said = parse(answer.text or "")
+                if said.score is not None or found[i].score is None:  # a score that was given once stays
+                    found[i] = said
             open_ = [i for i in open_ if found[i].missing(self.need_fields)]
             if not open_:
                 break

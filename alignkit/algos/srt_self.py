@@ -10,7 +10,7 @@ import torch
 from alignkit.algos._refine import Improve, drafts_of, instruction
 from alignkit.critique import FEEDBACK
 from alignkit.data import Row, read
-from alignkit.errors import UserError
+from alignkit.errors import UserError, need
 from alignkit.feedback import Account
 from alignkit.policy import Policy
 from alignkit.protocols import criticised
@@ -29,10 +29,14 @@ class SRTSelf(Improve):
     max_feedback_tokens: int = 256  # of a critique and a rewrite together
     not_in: str | None = None  # run or file of stage 1, whose instructions are left out
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need(self, "max_feedback_tokens >= 1")
+
     def prepare(self, rows: list[Row]) -> list[Row]:
         if self.not_in is None:
             return rows
-        known = {str(columns.get("instruction", columns.get("prompt"))) for _, columns in read(self.not_in)}
+        known = {_instruction(where, columns) for where, columns in read(self.not_in)}
         kept = [row for row in rows if instruction(row) not in known]
         if not kept:
             raise UserError(f"algo.not_in={self.not_in}: all instructions are there. Give stage 2 others: data.train.")
@@ -60,3 +64,14 @@ class SRTSelf(Improve):
             "chosen": row["refinement"], "rejected": row["response"],
             "score_chosen": row["score_refinement"], "score_rejected": row["score_response"],
         }  # fmt: skip
+
+
+def _instruction(where: str, columns: Row) -> str:
+    """The instruction of a row as it stands in a file, where it is called that, or prompt."""
+    found = columns.get("instruction", columns.get("prompt"))
+    if found is None:
+        raise UserError(
+            f"{where}: neither 'instruction' nor 'prompt', by which algo.not_in compares. Name a run of +algo=srt_collect, or a "
+            "file with one of these columns."
+        )
+    return instruction({"prompt": found})

@@ -80,7 +80,7 @@ def _scores(found: list[Row]) -> dict[str, Any]:
         if values:
             counts = {k: values.count(k) for k in range(1, 11)} if name != "score" else {}
             scores[name] = {"n": len(values), "mean": sum(values) / len(values), **({"of": counts} if counts else {})}
-    chains = [row["scores"] for row in found if row.get("source") and None not in row["scores"]]
+    chains = [row["scores"] for row in found if "score_refinement" in row and None not in row["scores"]]
     longest = max(map(len, chains), default=0)
     if longest > 2:  # the means by round are of the same rows
         whole = [chain for chain in chains if len(chain) == longest]
