@@ -9,7 +9,7 @@ twice, in one split or in two.
   The last 3,000 are no operations but edits, ``write 5 as item 3: 1 3 4``: the model has to understand advice before it
   can learn to give and take it.
 - ``first``, ``second``: instructions for the two stages of SRT (arXiv 2406.07168), whose answers are right.
-- ``dev``, ``test``: held out. ``draft`` of dev is the right answer, or, of 60 %, one with one to three faults.
+- ``dev``, ``test``: held out. ``draft`` of dev is the right answer, or, of 70 %, one with one to three faults.
 
 The vocabulary is trained on demonstrations and on critiques of them, so that the words of a critique are few tokens.
 """
@@ -33,7 +33,7 @@ ITEMS = (4, 6)
 SIZES = {"test": 800, "dev": 300, "first": 4_000, "second": 4_000, "train": 11_000}
 EDITS = 3_000  # of the demonstrations
 FAULTY = 0.3
-DRAFTS = 0.6  # of dev that are faulty: as many as what the model writes at temperature 0.7
+DRAFTS = 0.7
 VOCABULARY = 400
 
 
