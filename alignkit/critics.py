@@ -46,7 +46,7 @@ class Oracle:
         return [self._answer(q) for q in questions]
 
     def _answer(self, question: Question) -> Answer:
-        prompt, response = prompt_of(question.row), question.response
+        prompt, response = lists.prompt_of(question.row), question.response
         rng = drawn(self.seed, prompt, response)
         score, refinement = lists.score(prompt, response), lists.solve(prompt)
         if rng.random() < self.noise:
@@ -147,7 +147,7 @@ class Shuffled:
         if own.missing():
             return answer
         assert own.score is not None
-        start = drawn(self.seed, prompt_of(question.row), question.response).randrange(len(self._said))
+        start = drawn(self.seed, lists.prompt_of(question.row), question.response).randrange(len(self._said))
         others = [*self._said[start:], *self._said[:start]]
         mine = (own.weaknesses, own.suggestions)
         weaknesses, suggestions = next((other for other in others if other != mine), mine)
@@ -179,12 +179,6 @@ def said(weaknesses: str, suggestions: str, score: int, refinement: str) -> str:
 def drawn(seed: int, prompt: str, response: str) -> random.Random:
     """A generator of draws that depends on these three alone, in every process."""
     return random.Random(f"{seed}\0{prompt}\0{response}")  # seeded by the text's SHA-512, not by hash()
-
-
-def prompt_of(row: Row) -> str:
-    """A row's prompt; of a chat, the text of its last turn."""
-    prompt = row["prompt"]
-    return str(prompt[-1]["content"]) if isinstance(prompt, list) else str(prompt)
 
 
 def word_edits(there: list[str], wanted: list[str]) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alignkit.batch import Batch
+from alignkit.data import Row
 from alignkit.errors import UserError, suggest
 
 NONE = "none"  # the answer where no item is left
@@ -108,6 +109,12 @@ def repairs(prompt: str, response: str) -> list[str]:
     return [f"drop item {i}" if should is None else f"write {should} as item {i}" for i, _, should in wrong]
 
 
+def prompt_of(row: Row) -> str:
+    """A row's prompt; of a chat, the text of its last turn."""
+    prompt = row["prompt"]
+    return str(prompt[-1]["content"]) if isinstance(prompt, list) else str(prompt)
+
+
 def corrupted(text: str, rng: random.Random) -> str:
     """A list with one fault in it: an item changed, left out, said twice, or exchanged with another."""
     items = parse(text) or []
@@ -138,10 +145,5 @@ class Lists:
 
     def __call__(self, batch: Batch) -> Tensor:
         pairs = zip(batch.rows, batch.responses, strict=True)
-        scores = [(score(_prompt_of(row["prompt"]), y) - 1) / 9 for row, y in pairs]
+        scores = [(score(prompt_of(row), y) - 1) / 9 for row, y in pairs]
         return torch.tensor(scores, dtype=torch.float32, device=batch.response_ids.device)
-
-
-def _prompt_of(prompt: object) -> str:
-    """A prompt's text; of a chat, that of its last turn."""
-    return str(prompt[-1]["content"]) if isinstance(prompt, list) else str(prompt)
