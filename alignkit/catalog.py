@@ -83,7 +83,7 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
                 lines += ["", f"{base}:", path.with_name(f"{base}.yaml").read_text(encoding="utf-8").rstrip()]
             lines += [*(_memory(content) if group == "preset" else [])]
             if "_target_" in content:
-                where = group if group not in PARTS else f"algo.{group}"
+                where = f"algo.{group}" if group in PARTS else group
                 lines += ["", doc_of(content["_target_"]), "", f"settings ({where}.NAME=VALUE):", *_lines(content)]
         else:
             lines += [doc_of(target), "", "settings (algo.NAME=VALUE):"]
@@ -232,12 +232,13 @@ def _tuple(version: str) -> tuple[int, ...]:
 def _left_open(group: str, path: Path, extra: list[Path]) -> list[str]:
     """Keys that an option, or one that it chooses, leaves to the user."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    found = [f"{group}.{key}" for key, value in content.items() if value == "???"]
+    where = f"algo.{group}" if group in PARTS else group
+    found = [f"{where}.{key}" for key, value in content.items() if value == "???"]
     for entry in content.get("defaults", []):
         if isinstance(entry, str) and entry.startswith("_") and entry != "_self_":
             found += _left_open(group, path.with_name(f"{entry}.yaml"), extra)
         for key, choice in entry.items() if isinstance(entry, dict) else ():
-            chosen = key.removeprefix("override ").lstrip("/")
+            chosen = key.removeprefix("override ").lstrip("/").partition("@")[0]
             found += _left_open(chosen, options(chosen, extra)[choice], extra)
     return [key for key in found if _at(content, key) in (None, "???")]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import random
 from dataclasses import dataclass
-from functools import cached_property
 from math import ceil
 from typing import Any
 
@@ -132,30 +131,34 @@ class Shuffled:
     other critic says the same of both, the next of the list that tells them apart is taken, and without one the feedback stays.
     """
 
-    critic: Critic  # the critic whose feedback is exchanged
+    critic: Critic  # the critic whose feedback is exchanged: one that is a program
     donors: str  # source of the other rows, with their columns
     response: str = "draft"  # column of their responses
     prompt: str = "prompt"  # column of their prompts
     seed: int = 0  # of the draws
 
-    def ask(self, questions: list[Question], account: Any = None) -> list[Answer]:
-        answers = self.critic.ask(questions, account)
-        return [self._exchanged(q, answer) for q, answer in zip(questions, answers, strict=True)]
+    def __post_init__(self) -> None:
+        self._said: list[tuple[str, str]] | None = None  # of the donors
 
-    def _exchanged(self, question: Question, answer: Answer) -> Answer:
+    def ask(self, questions: list[Question], account: Any = None) -> list[Answer]:
+        donated, answers = self._donated(account), self.critic.ask(questions, account)
+        return [self._exchanged(q, answer, donated) for q, answer in zip(questions, answers, strict=True)]
+
+    def _exchanged(self, question: Question, answer: Answer, donated: list[tuple[str, str]]) -> Answer:
         own = critique.parse(answer.text or "")
         if own.missing():
             return answer
         assert own.score is not None
-        start = drawn(self.seed, lists.prompt_of(question.row), question.response).randrange(len(self._said))
-        others = [*self._said[start:], *self._said[:start]]
+        start = drawn(self.seed, lists.prompt_of(question.row), question.response).randrange(len(donated))
+        others = [*donated[start:], *donated[:start]]
         mine = (own.weaknesses, own.suggestions)
         weaknesses, suggestions = next((other for other in others if other != mine), mine)
         return Answer(said(weaknesses, suggestions, own.score, own.refinement))
 
-    @cached_property
-    def _said(self) -> list[tuple[str, str]]:
+    def _donated(self, account: Any) -> list[tuple[str, str]]:
         """(weaknesses, suggestions) that the other critic has for each of the donors, asked once."""
+        if self._said is not None:
+            return self._said
         questions = []
         for i, (where, columns) in enumerate(data.read(self.donors)):
             for name in (self.prompt, self.response):
@@ -165,10 +168,11 @@ class Shuffled:
                     )
             row = {**columns, "prompt": columns[self.prompt], "id": i}
             questions.append(Question([], row, columns[self.response]))
-        said = [critique.parse(a.text or "") for a in self.critic.ask(questions, None)]
+        said = [critique.parse(a.text or "") for a in self.critic.ask(questions, account)]
         if not said:
             raise UserError(f"critic.donors={self.donors}: no rows.")
-        return [(one.weaknesses, one.suggestions) for one in said]
+        self._said = [(one.weaknesses, one.suggestions) for one in said]
+        return self._said
 
 
 def said(weaknesses: str, suggestions: str, score: int, refinement: str) -> str:
