@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 
 FILE = "feedback.sqlite"  # below run.root
+TOTALS = ("calls", "cached", "failed", "retries", "prompt_tokens", "tokens", "cost")  # of a run
 OPENAI = "https://api.openai.com/v1"
 BACKOFF = 0.5  # seconds before the first repetition, doubled for each further one …
 LONGEST = 60.0  # … up to this, where the server does not say how long to wait
@@ -184,7 +185,7 @@ class Account:
         """Of this run, resumed or not: ``calls`` that were sent, ``retries`` among them, answers ``cached``, questions that
         ``failed`` to get a text, ``prompt_tokens``, ``tokens``, ``cost``; nothing where nobody was ever asked."""
         if self._db is None and not self.path.exists():
-            return {}
+            return dict.fromkeys(TOTALS, 0)
         with self._explained():
             sums = self._db_().execute(
                 "SELECT count(*), coalesce(sum(retry > 0), 0), coalesce(sum(prompt_tokens), 0), coalesce(sum(tokens), 0), "
@@ -194,15 +195,7 @@ class Account:
             calls, retries, prompt_tokens, tokens, cost = sums.fetchone()
             cached = self._one("SELECT coalesce(sum(answers), 0) FROM served WHERE run = ?", self.run)
             failed = self._one("SELECT count(*) FROM failures WHERE run = ?", self.run)
-        return {
-            "calls": calls,
-            "cached": cached,
-            "failed": failed,
-            "retries": retries,
-            "prompt_tokens": prompt_tokens,
-            "tokens": tokens,
-            "cost": cost,
-        }
+        return dict(zip(TOTALS, (calls, cached, failed, retries, prompt_tokens, tokens, cost), strict=True))
 
     def _found(self, keys: list[str]) -> dict[str, Answer]:
         places = ", ".join("?" * len(keys))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class Verdicts:
 
 
 class Judge(Protocol):
-    """``asks`` (false where it is not there): whether questions go to a chat model, which an account then pays for."""
+    """``account`` pays where a chat model is asked."""
 
     def prefer(self, rows: list[Row], first: list[str], second: list[str], account: Any) -> Verdicts: ...
 
@@ -42,8 +42,6 @@ class ByReward:
 
     reward: Any  # any reward that goes by texts
     tie: float = 0.0  # a difference of at most this is a tie
-
-    asks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         need(self, "tie >= 0")
@@ -79,8 +77,6 @@ class ByChat:
 
     critic: Any  # what is asked, as the critics of `alignkit list`
     prompt: Any  # template over `instruction`, `first` and `second`
-
-    asks: ClassVar[bool] = True
 
     def prefer(self, rows: list[Row], first: list[str], second: list[str], account: Any) -> Verdicts:
         prompt: Prompt = self.prompt

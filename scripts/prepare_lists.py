@@ -27,7 +27,7 @@ from alignkit import critique
 from alignkit.critics import Oracle
 from alignkit.feedback import Question
 from alignkit.loading import train_tokenizer
-from alignkit.rewards.lists import OPERATIONS, corrupted, repairs, solve, written
+from alignkit.rewards.lists import OPERATIONS, corrupted, edits, solve, written
 
 ITEMS = (4, 6)
 SIZES = {"test": 800, "dev": 300, "first": 4_000, "second": 4_000, "train": 11_000}
@@ -49,7 +49,7 @@ def make(seed: int = 17) -> dict[str, list[dict[str, Any]]]:
             prompt = f"{operation}: {_items(rng)}"
             if split == "train" and len(rows) >= size - EDITS:
                 wrong = _faulty(solve(prompt), rng)
-                prompt = f"{'; '.join(repairs(prompt, wrong)[: Oracle.most]) or operation}: {wrong}"
+                prompt = f"{'; '.join(edits(prompt, wrong)[: Oracle.most]) or operation}: {wrong}"
             if prompt in seen or len(solve(prompt)) < 3:  # at least two items are left
                 continue
             seen.add(prompt)

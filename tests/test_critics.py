@@ -76,17 +76,15 @@ def test_the_answer(prompt: str, answer: str) -> None:
     [
         ("1 3 4 5 9", 10, [], []),
         (" 1  3 4 5 9\n", 10, [], []),
-        ("1 3 5 5 9", 9, ["item 3 is 5, not 4"], ["write 4 as item 3"]),
-        ("1 3 4 5", 9, ["item 5 is missing"], ["write 9 as item 5"]),
-        ("1 3 4 5 9 9", 9, ["item 6 is too much"], ["drop item 6"]),
-        ("1 4 3 5 9 0", 7, ["item 2 is 4, not 3", "item 3 is 3, not 4", "item 6 is too much"],
-         ["write 3 as item 2", "write 4 as item 3", "drop item 6"]),
-        ("none", 5, [f"item {i} is missing" for i in range(1, 6)],
-         [f"write {d} as item {i}" for i, d in enumerate([1, 3, 4, 5, 9], 1)]),
-        ("0 0 0 0 0 0 0 0 0 0 0", 1, ["item 1 is 0, not 1", "item 2 is 0, not 3", "item 3 is 0, not 4", "item 4 is 0, not 5",
-         "item 5 is 0, not 9", *(f"item {i} is too much" for i in range(6, 12))],
-         ["write 1 as item 1", "write 3 as item 2", "write 4 as item 3", "write 5 as item 4", "write 9 as item 5",
-          *(f"drop item {i}" for i in range(6, 12))]),
+        ("1 3 5 5 9", 8, ["4 is missing", "5 is too much"], ["add 4", "drop 5"]),
+        ("1 3 4 5", 9, ["9 is missing"], ["add 9"]),
+        ("1 3 4 5 9 9 9", 8, ["9 is too much 2 times"], ["drop 9 2 times"]),
+        ("1 4 3 5 9 0", 9, ["0 is too much"], ["drop 0"]),  # that 3 and 4 are exchanged comes next
+        ("1 4 3 5 9", 8, ["3 is too late"], ["write 3 earlier"]),
+        ("9 5 4 3 1", 6, ["1 is too late"], ["write 1 earlier"]),
+        ("none", 5, [f"{d} is missing" for d in (1, 3, 4, 5, 9)], [f"add {d}" for d in (1, 3, 4, 5, 9)]),
+        ("0 0 0 0 0 0 0 0 0 0 0", 1, ["0 is too much 11 times", *(f"{d} is missing" for d in (1, 3, 4, 5, 9))],
+         ["drop 0 11 times", *(f"add {d}" for d in (1, 3, 4, 5, 9))]),
         *((text, 1, ["this is no list of digits"], ["write digits with spaces between them"])
           for text in ("", "1, 3, 4", "13 4 5 9", "the list", "1 3 4 5 ٩")),
     ],
@@ -119,9 +117,9 @@ def test_only_the_solution_scores_10(prompt: str) -> None:
 
 
 @given(prompts, answers.filter(lists.parse))
-def test_all_repairs_together_mend_it(prompt: str, answer: str) -> None:
-    if repairs := lists.repairs(prompt, answer):
-        assert lists.solve(f"{'; '.join(repairs)}: {answer}") == lists.solve(prompt)
+def test_all_edits_together_mend_it(prompt: str, answer: str) -> None:
+    if edits := lists.edits(prompt, answer):
+        assert lists.solve(f"{'; '.join(edits)}: {answer}") == lists.solve(prompt)
 
 
 @given(prompts, answers)
@@ -129,7 +127,7 @@ def test_score_faults_and_repairs_agree(prompt: str, answer: str) -> None:
     faults, repairs, score = (f(prompt, answer) for f in (lists.faults, lists.repairs, lists.score))
     assert len(faults) == len(repairs)
     assert (score == 10) == (not faults)
-    assert score == (1 if lists.parse(answer) is None else max(1, 10 - len(faults)))
+    assert 1 <= score <= 10 - bool(faults)
 
 
 def test_the_reward() -> None:
@@ -189,15 +187,14 @@ SURE = Oracle(noise=0, corruption=0)
 
 def test_what_the_oracle_writes() -> None:
     assert texts(SURE, [question("sort up: 5 3 9 1 4", "1 4 3 5 9")]) == [
-        "Weaknesses: item 2 is 4, not 3; item 3 is 3, not 4.\n"
-        "Suggestions: write 3 as item 2; write 4 as item 3.\n"
+        "Weaknesses: 3 is too late.\nSuggestions: write 3 earlier.\n"
         "Overall Score: [[8]]\n\n### Improved Response\n1 3 4 5 9"
     ]
     assert texts(SURE, [question("reverse: 1 2", "2 1")]) == [
         "Weaknesses: nothing.\nSuggestions: keep it.\nOverall Score: [[10]]\n\n### Improved Response\n2 1"
     ]
-    few = one(Oracle(noise=0, corruption=0, most=1), "sort up: 5 3 9 1 4", "1 4 3 5 9")
-    assert (few.weaknesses, few.suggestions, few.score) == ("item 2 is 4, not 3.", "write 3 as item 2.", 8)
+    few = one(Oracle(noise=0, corruption=0, most=1), "sort up: 5 3 9 1 4", "1 3 5 5 9")
+    assert (few.weaknesses, few.suggestions, few.score) == ("4 is missing.", "add 4.", 8)
 
 
 @given(prompts, answers)
@@ -255,7 +252,7 @@ def test_shuffled_keeps_score_and_rewrite_alone(seed: int) -> None:
     assert [c.refinement for c in own] == [c.refinement for c in other]
     assert all((c.weaknesses, c.suggestions) != (d.weaknesses, d.suggestions) for c, d in zip(own, other, strict=True))
     assert {d.weaknesses for d in other} <= {c.weaknesses for c in own}  # these rows are the donors
-    assert len({d.weaknesses for d in other}) > 100
+    assert len({d.weaknesses for d in other}) > 80
 
 
 def test_shuffled_leaves_what_nothing_tells_apart(tmp_path: Path) -> None:

@@ -510,8 +510,8 @@ def test_the_account_of_a_run(tmp_path):
 
 def test_a_file_that_is_none(tmp_path):
     (tmp_path / "feedback.sqlite").write_text("not a database, but long enough to be looked at as one " * 9)
-    with pytest.raises(UserError, match=r"feedback\.sqlite cannot be used .*move it away"), opened(tmp_path):
-        pass
+    with pytest.raises(UserError, match=r"feedback\.sqlite cannot be used .*move it away"), opened(tmp_path) as account:
+        account.go_on()
 
 
 # ---- secrets and settings ----

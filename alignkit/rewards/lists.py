@@ -1,15 +1,17 @@
 """An instruction on a list of digits, and its exact checker: what a critique of an answer can be held against.
 
-A prompt is ``sort up: 5 3 9 1 4``, its answer ``1 3 4 5 9``. An answer is judged slot by slot, as the simulated critic of
-SRT (arXiv 2406.07168) needs it: which item is wrong, and what should stand there.
+A prompt is ``sort up: 5 3 9 1 4``, its answer ``1 3 4 5 9``. An answer is judged digit by digit: which are missing, and which
+are too much. A small model cannot find "item 3" of its own list, but it can see that there is no 5.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ _EDIT = re.compile(r"(?:write (\d) as|drop) item (\d+)", re.ASCII)
 
 
 def solve(prompt: str) -> str:
-    """The right answer to ``OPERATION: d d d …``; an operation is one of ``OPERATIONS``, or ``repairs`` such as
+    """The right answer to ``OPERATION: d d d …``; an operation is one of ``OPERATIONS``, or ``edits`` such as
     ``write 5 as item 3; drop item 6`` (items are counted as they stand in the prompt).
 
     Raises:
@@ -70,8 +72,23 @@ def written(items: list[int]) -> str:
     return " ".join(map(str, items)) or NONE
 
 
-def violated(prompt: str, response: str) -> list[tuple[int, int | None, int | None]] | None:
-    """(slot, counted from 1; the item there; the item that belongs there) of every slot that is wrong, None for no item.
+def edits(prompt: str, response: str) -> list[str]:
+    """What would mend a list of digits slot by slot: ``write 5 as item 3``, ``drop item 6``."""
+    return [
+        f"drop item {i}" if should is None else f"write {should} as item {i}" for i, should in _slots(prompt, response)
+    ]
+
+
+def _slots(prompt: str, response: str) -> list[tuple[int, int | None]]:
+    """(slot, counted from 1; the digit that belongs there, None for none) of every slot that is wrong."""
+    right, given = parse(solve(prompt)), parse(response)
+    assert right is not None and given is not None
+    pairs = enumerate(zip_longest(right, given), 1)
+    return [(i, should) for i, (should, is_) in pairs if is_ != should]
+
+
+def differences(prompt: str, response: str) -> list[tuple[int, int]] | None:
+    """(digit, how many of it are missing; below 0: too many), of every digit that does not occur as often as it should.
 
     None where the response is not a list of digits.
     """
@@ -79,34 +96,46 @@ def violated(prompt: str, response: str) -> list[tuple[int, int | None, int | No
     assert right is not None
     if given is None:
         return None
-    slots = range(max(len(right), len(given)))
-    pairs = [(given[i] if i < len(given) else None, right[i] if i < len(right) else None) for i in slots]
-    return [(i + 1, is_, should) for i, (is_, should) in enumerate(pairs) if is_ != should]
+    wanted, there = Counter(right), Counter(given)
+    return [(digit, wanted[digit] - there[digit]) for digit in range(10) if wanted[digit] != there[digit]]
 
 
 def score(prompt: str, response: str) -> int:
-    """10 less one for each slot with a wrong, missing or surplus item, not below 1; 1 for what is no list of digits."""
-    wrong = violated(prompt, response)
-    return 1 if wrong is None else max(1, 10 - len(wrong))
+    """10 less one for each item that is missing or too much, or, of the right items, for each that stands at a wrong place; not
+    below 1, which is also for what is no list of digits."""
+    wrong = differences(prompt, response)
+    if wrong is None:
+        return 1
+    return max(1, 10 - (sum(abs(n) for _, n in wrong) or len(_slots(prompt, response))))
+
+
+def late(prompt: str, response: str) -> int | None:
+    """The digit that should stand at the first slot that is wrong; None where none is."""
+    slots = _slots(prompt, response)
+    return slots[0][1] if slots else None
 
 
 def faults(prompt: str, response: str) -> list[str]:
-    """What is wrong, a phrase for each slot: ``item 3 is 4, not 5``."""
-    wrong = violated(prompt, response)
+    """What is wrong, a phrase for each digit: ``6 is missing``, ``7 is too much 2 times``; of the right digits in a wrong order
+    ``5 is too late``."""
+    wrong = differences(prompt, response)
     if wrong is None:
         return ["this is no list of digits"]
-    return [
-        f"item {i} is missing" if is_ is None else f"item {i} is too much" if should is None else f"item {i} is {is_}, not {should}"
-        for i, is_, should in wrong
-    ]  # fmt: skip
+    found = [f"{digit} is {'missing' if n > 0 else 'too much'}{_times(n)}" for digit, n in wrong]
+    return found or ([f"{late(prompt, response)} is too late"] if late(prompt, response) is not None else [])
 
 
 def repairs(prompt: str, response: str) -> list[str]:
-    """What would mend it, a phrase for each of ``faults``: ``write 5 as item 3``."""
-    wrong = violated(prompt, response)
+    """What would mend it, a phrase for each of ``faults``: ``add 6``, ``drop 7 2 times``, ``write 5 earlier``."""
+    wrong = differences(prompt, response)
     if wrong is None:
         return ["write digits with spaces between them"]
-    return [f"drop item {i}" if should is None else f"write {should} as item {i}" for i, _, should in wrong]
+    found = [f"{'add' if n > 0 else 'drop'} {digit}{_times(n)}" for digit, n in wrong]
+    return found or ([f"write {late(prompt, response)} earlier"] if late(prompt, response) is not None else [])
+
+
+def _times(n: int) -> str:
+    return f" {abs(n)} times" if abs(n) > 1 else ""
 
 
 def prompt_of(row: Row) -> str:
@@ -138,7 +167,7 @@ def corrupted(text: str, rng: random.Random) -> str:
 
 @dataclass(kw_only=True)
 class Lists:
-    """How right the answer to an instruction on a list of digits is: 1 where all items are, 1/9 less a wrong slot, 0 at least.
+    """How right the answer to an instruction on a list of digits is: 1 where all items are, 1/9 less a missing or surplus item, 0 at least.
 
     It reads the row's ``prompt`` alone, such as ``sort up: 5 3 9``; of an answer that is no list of digits the score is 0.
     """

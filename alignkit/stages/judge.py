@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -41,13 +40,11 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Any, reward: Any) -> dict[s
 
     mine = texts[algo.candidate]
     found: dict[tuple[str, str], Verdicts] = {}  # (opponent, judge)
-    asks = any(getattr(judge, "asks", False) for judge in judges.values())
-    account: Any
-    with run.phase("judge"), feedback.account(run) if asks else nullcontext() as account:
+    with run.phase("judge"), feedback.account(run) as account:
         for opponent in algo.opponents:
             for name, judge in judges.items():
                 found[opponent, name] = judge.prefer(rows, mine, texts[opponent], account)
-        cost = account.totals() if account else {}
+        cost = account.totals()
     comparisons: dict[str, dict[str, Any]] = {opponent: {} for opponent in algo.opponents}
     for (opponent, name), verdicts in found.items():
         gap = np.array([len(a) - len(b) for a, b in zip(mine, texts[opponent], strict=True)], dtype=float)
@@ -182,9 +179,7 @@ def _sentence(candidate: str, comparisons: dict[str, dict[str, Any]]) -> str:
 
 def report(result: dict[str, Any]) -> str:
     """The tables, in Markdown, and where the files are."""
-    return (
-        f"\n{summary(result)}\n\n{result['verdict']}\nfiles: {result['directory']} (every judgement: judgements.jsonl)"
-    )
+    return f"\n{summary(result)}\nfiles: {result['directory']} (every judgement: judgements.jsonl)"
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -216,9 +211,9 @@ def summary(result: dict[str, Any]) -> str:
             _row([names, *(_number(one, k) for k in ("same", "kappa", "n"))])
             for names, one in result["agreement"].items()
         ]
-    if result["cost"]:
+    if any(result["cost"].values()):
         lines += ["", "cost: " + ", ".join(f"{_number(result['cost'], key)} {key}" for key in result["cost"]) + "."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", result["verdict"]])
 
 
 def _row(cells: list[str]) -> str:
