@@ -385,7 +385,7 @@ def test_refine_refuses(own: Path, cli: Any, words: list[str], said: str) -> Non
     ],
 )
 def test_srt_refuses(own: Path, cli: Any, words: list[str], said: str) -> None:
-    given = ["data=srt", f"data.train={own}/rows.jsonl", "data.prompt='{prompt}'", *SMALL_CAUSAL]
+    given = ["data=critiques", f"data.train={own}/rows.jsonl", "data.prompt='{prompt}'", *SMALL_CAUSAL]
     assert re.search(said, refused(cli, "train", "+algo=srt", *given, *words))
 
 

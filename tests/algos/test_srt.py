@@ -184,7 +184,7 @@ def test_from_critic_to_dpo_on_the_command_line(tmp_path: Path) -> None:
     stage_2.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     small = [*SMALL_CAUSAL, *SMALL_RUN, "algo.batch_size=2", "algo.warmup=0", "evaluate.every=0", "evaluate.test=false"]
     result, run = train(
-        tmp_path, "+algo=srt", "data=srt", f"data.train={stage_1}", *small, "algo.epochs=1", "evaluate.protocol=first"
+        tmp_path, "+algo=srt", "data=critiques", f"data.train={stage_1}", *small, "algo.epochs=1", "evaluate.protocol=first"
     )
     assert result["steps"] == 2
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
@@ -209,4 +209,4 @@ def test_rows_without_feedback_are_refused_before_a_model_is_built(tmp_path: Pat
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"instruction": "a", "prompt": "a", "response": "b"}) + "\n")
     with pytest.raises(UserError, match=r"training row 0 has no 'feedback', which srt learns.*data.train=RUN"):
-        train(tmp_path, "+algo=srt", "data=srt", f"data.train={file}", "model=hf", "model.path=/no/such/model")
+        train(tmp_path, "+algo=srt", "data=critiques", f"data.train={file}", "model=hf", "model.path=/no/such/model")
