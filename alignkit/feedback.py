@@ -7,6 +7,7 @@ import email.utils
 import hashlib
 import ipaddress
 import json
+import logging
 import math
 import os
 import random
@@ -440,6 +441,8 @@ class _Asking:
         """Ask them all; what is answered is in ``found``."""
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+        for name in ("openai", "httpx", "httpx2"):  # they tell of every request
+            logging.getLogger(name).setLevel(logging.WARNING)
         endpoint, left, total = self.endpoint, iter(missing.items()), len(missing)
         self.client = AsyncOpenAI(
             api_key=self.secret or "none",

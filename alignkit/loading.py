@@ -61,6 +61,9 @@ def read(
         raise UserError(
             f"model.device={device}: torch {torch.__version__} cannot use it ({str(e).splitlines()[0]})."
         ) from None
+    if device.startswith("cuda"):
+        # cuDNN's attention in bfloat16 prepares a plan for each new shape: 12 steps of the demo on an H100 took 51 s, not 10
+        torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = getattr(torch, cfg.dtype)
     if checkpoint and not cfg.lora.r:
         model, tokenizer = _pretrained(str(checkpoint), cfg, dtype, auto)

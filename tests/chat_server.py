@@ -63,8 +63,10 @@ class ChatServer:
         slow: float = 2.0,  # seconds of a slow one
         retry_after: float = 1.0,  # seconds that a 429 asks for
         whim: bool = False,  # another answer each time, as a model gives that samples
+        say: Callable[[str, object], str] = answer,  # (prompt, seed) → what it writes
     ) -> None:
         self.plan, self.delay, self.slow, self.retry_after, self.whim = plan, delay, slow, retry_after, whim
+        self.say = say
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []  # prompt, body, time, fault, headers
         self.completed: Counter[str] = Counter()  # prompt → whole answers
@@ -129,7 +131,7 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
 
         def reply(self, prompt: str, body: dict[str, Any], fault: str) -> None:
             time.sleep(server.slow if fault == "slow" else server.delay)
-            text = answer(prompt, random.random() if server.whim else body.get("seed"))
+            text = server.say(prompt, random.random() if server.whim else body.get("seed"))
             choice: dict[str, Any] = {
                 "index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text},
             }  # fmt: skip

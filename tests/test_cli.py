@@ -160,7 +160,9 @@ def test_the_card_of_a_method(name: str) -> None:
         assert default is dataclasses.MISSING or f" = {default!r}" in line
     for entry in given.get("defaults", []):
         for group, choice in entry.items() if isinstance(entry, dict) else ():
-            assert f"{group.removeprefix('override ').lstrip('/').partition('@')[0]}={choice}" in next(x for x in lines if x.startswith("brings: "))
+            assert f"{group.removeprefix('override ').lstrip('/').partition('@')[0]}={choice}" in next(
+                x for x in lines if x.startswith("brings: ")
+            )
 
 
 @pytest.mark.parametrize("name", names("preset"))

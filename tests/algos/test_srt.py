@@ -184,7 +184,13 @@ def test_from_critic_to_dpo_on_the_command_line(tmp_path: Path) -> None:
     stage_2.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     small = [*SMALL_CAUSAL, *SMALL_RUN, "algo.batch_size=2", "algo.warmup=0", "evaluate.every=0", "evaluate.test=false"]
     result, run = train(
-        tmp_path, "+algo=srt", "data=critiques", f"data.train={stage_1}", *small, "algo.epochs=1", "evaluate.protocol=first"
+        tmp_path,
+        "+algo=srt",
+        "data=critiques",
+        f"data.train={stage_1}",
+        *small,
+        "algo.epochs=1",
+        "evaluate.protocol=first",
     )
     assert result["steps"] == 2
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
