@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from alignkit.batch import Batch
-from alignkit.critique import Critique, answer, has_marker
+from alignkit.critique import Critique, answer, has_marker, parse
 from alignkit.data import Row
 from alignkit.decode import Decode
 from alignkit.errors import UserError, need
 from alignkit.feedback import Account
 from alignkit.policy import Policy
 
-Critics = Callable[[list[Row], list[str]], list[Critique]]  # rows and a response to each → what is said of it
+Critics = Callable[[list[Row], list[str], bool], list[Critique]]
+"""(rows, a response to each, whether weaknesses and suggestions are needed) → what is said of each response."""
 
 
 @dataclass(kw_only=True)
@@ -93,22 +94,21 @@ class Improve(Refine):
         it comes from, and the next refinement.
         """
         texts = [[draft] for draft in drafts]
-        chains = [[critique] for critique in critics(rows, drafts)]
-        for k in range(self.rounds):
-            going = [i for i, chain in enumerate(chains) if len(chain) == k + 1 and self._goes_on(chain)]
+        chains: list[list[Critique]] = [[] for _ in rows]
+        for k in range(self.rounds + 1):
+            fields = self.need_fields and k == 0  # of later critiques only scores and rewrites count
+            going = [i for i, said in enumerate(texts) if len(said) == k + 1 and said[k]]
             if not going:
                 break
-            for i in going:
-                texts[i].append(chains[i][k].refinement)
-            for i, said in zip(going, critics([rows[i] for i in going], [texts[i][-1] for i in going]), strict=True):
+            found = critics([rows[i] for i in going], [texts[i][k] for i in going], fields)
+            for i, said in zip(going, found, strict=True):
                 chains[i].append(said)
+                if said.missing(fields) is None:
+                    texts[i].append(said.refinement)
         return [self._row(*each, source) for each in zip(rows, texts, chains, strict=True)]
 
-    def _goes_on(self, chain: list[Critique]) -> bool:
-        return chain[-1].missing(self.need_fields and len(chain) == 1) is None
-
     def _row(self, row: Row, responses: list[str], chain: list[Critique], source: str) -> Row:
-        draft, first = responses[0], chain[0]
+        draft, first = responses[0], chain[0] if chain else parse("")
         scores = [critique.score for critique in chain]
         made = {
             **own(row),

@@ -51,10 +51,12 @@ class SRTCollect(Improve):
             drafts = drafts_of(self.sampled(policy, rows, 1, generator))
         else:
             drafts = column(rows, self.drafts)
-        return self.improved(rows, drafts, lambda rows, texts: self._asked(rows, texts, account), "critic")
+        return self.improved(
+            rows, drafts, lambda part, texts, fields: self._asked(part, texts, fields, account), "critic"
+        )
 
-    def _asked(self, rows: list[Row], responses: list[str], account: Account) -> list[Critique]:
-        """What the critic says of each response; asked again where its answer lacks a score or a rewrite."""
+    def _asked(self, rows: list[Row], responses: list[str], fields: bool, account: Account) -> list[Critique]:
+        """What the critic says of each response; asked again where its answer lacks a part."""
         found = [parse("") for _ in rows]
         open_ = list(range(len(rows)))
         for attempt in range(self.reasks + 1):
@@ -69,7 +71,7 @@ class SRTCollect(Improve):
                 said = parse(answer.text or "")
                 if said.score is not None or found[i].score is None:  # a score that was given once stays
                     found[i] = said
-            open_ = [i for i in open_ if found[i].missing(self.need_fields)]
+            open_ = [i for i in open_ if found[i].missing(fields)]
             if not open_:
                 break
         return found

@@ -51,7 +51,7 @@ class SRTSelf(Improve):
     ) -> list[Row]:
         drafts = drafts_of(self.sampled(policy, rows, 1, generator, stop=policy.tokens_of(FEEDBACK)))
         found = self.improved(
-            rows, drafts, lambda part, texts: criticised(policy, part, texts, self.max_feedback_tokens), "self"
+            rows, drafts, lambda part, texts, _: criticised(policy, part, texts, self.max_feedback_tokens), "self"
         )
         return [self._pair(row) for row in found]
 

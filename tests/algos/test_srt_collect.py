@@ -73,7 +73,9 @@ def test_parser_and_filters_of_the_card(
         assert (found["refinement"], found["score_refinement"]) == ("ok", fresh)
     answers = {"y": parse(text), "ok": parse(said(fresh, "again"))}
     algo = SRTSelf()
-    [pair] = [algo._pair(r) for r in algo.improved(rows("y"), ["y"], lambda _, ts: [answers[t] for t in ts], "self")]
+    [pair] = [
+        algo._pair(r) for r in algo.improved(rows("y"), ["y"], lambda _, ts, fields: [answers[t] for t in ts], "self")
+    ]
     assert pair.get("dropped") == second
     assert ("chosen" in pair) == (second is None)
     if second is None:
