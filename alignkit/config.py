@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from alignkit.errors import UserError, suggest
+from alignkit.feedback import Endpoint
 from alignkit.signature import Setting, settings_of
 
 PARTS = ("critic", "prompt")  # groups that are chosen for a setting of the method by their name
@@ -364,6 +365,16 @@ def check(cfg: DictConfig) -> None:
         if node == "algo" and stage == "rl":
             value = _without_schedules(value, wrong)
         _walk(value, node, wrong)
+    method: Any = OmegaConf.to_container(cfg.algo, resolve=True)
+    for path, settings in _endpoints(method, "algo"):
+        if any(line.startswith(path) for line in wrong):
+            continue
+        try:
+            Endpoint(**{k: v for k, v in settings.items() if k != "_target_"}).connection()
+        except (UserError, ValueError) as e:
+            wrong.append(f"{path}: {e}")
+        if cfg.run.budget is not None and (settings.get("price_in") is None or settings.get("price_out") is None):
+            wrong.append(f"{path}.price_in, {path}.price_out: run.budget needs prices, 0 for a server of your own.")
     measured = SELECTS.get(str(stage), ())
     if measured and cfg.evaluate.select in ALL and cfg.evaluate.select not in measured:
         wrong.append(
@@ -424,6 +435,14 @@ def _without_schedules(algo: dict[str, Any], wrong: list[str]) -> dict[str, Any]
             wrong.append(f"algo.{key}.steps: must be a number of steps, is {steps!r}.")
         del plain[key]
     return plain
+
+
+def _endpoints(value: Any, path: str) -> list[tuple[str, dict[str, Any]]]:
+    """(place, settings) of every critic behind an endpoint."""
+    if not isinstance(value, dict):
+        return []
+    here = [(path, value)] if value.get("_target_") == "alignkit.feedback.Endpoint" else []
+    return here + [one for key, item in value.items() for one in _endpoints(item, f"{path}.{key}")]
 
 
 def _walk(value: Any, path: str, wrong: list[str]) -> None:

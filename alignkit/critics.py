@@ -146,7 +146,7 @@ class Shuffled:
 
     def _exchanged(self, question: Question, answer: Answer, donated: list[tuple[str, str]]) -> Answer:
         own = critique.parse(answer.text or "")
-        if own.missing():
+        if own.missing(critique.KEYWORDS):
             return answer
         assert own.score is not None
         start = drawn(self.seed, lists.prompt_of(question.row), question.response).randrange(len(donated))

@@ -25,11 +25,15 @@ _LINE = r"^[ \t]*+#++[ \t*_]*+{words}[ \t*_]*+:?[ \t*_]*+\r?$"
 _IMPROVED = re.compile(_LINE.format(words=r"Improved[ \t]++Response"), _FLAGS)
 _FEEDBACK = re.compile(_LINE.format(words="Feedback"), _FLAGS)
 # of a field: a colon behind the words, or a line of their own
-_HEADING = r"^[ \t]*+(?:#++[ \t]*+)?(?:\d++[.)][ \t]*+)?[*_]*+(?:{words})[*_]*+[ \t]*+(?::[*_]*+|\r?$)"
+_HEADING = r"^[ \t#*_-]*+(?:\d++[.)][ \t*_]*+)?(?:{words})[*_]*+[ \t]*+(?::[*_]*+|\r?$)"
 _WEAKNESSES = re.compile(_HEADING.format(words=r"(?:identif(?:y|ied)[ \t]++)?weak(?:ness(?:es)?)?"), _FLAGS)
 _SUGGESTIONS = re.compile(
     _HEADING.format(words=r"(?:offer[ \t]++)?(?:actionable[ \t]++)?(?:advi[cs]e|suggestions?)"), _FLAGS
 )
+
+
+KEYWORDS = ("score", "refinement")  # what the paper's post-filter looks for
+FIELDS = (*KEYWORDS, "weaknesses", "suggestions")  # what its rule 1 asks for besides, each under its heading
 
 
 @dataclass(frozen=True)
@@ -40,22 +44,18 @@ class Critique:
     suggestions: str
     score: int | None  # 1 to 10
     raw: str  # the feedback as it was written, without its headings
-    refinement: str
+    refinement: str  # empty where the text was cut, too: half a refinement is none
+    why: str = ""  # why nothing was said at all
 
-    def missing(self, fields: bool = False) -> str | None:
-        """The first part that is not there; None where all are.
-
-        Rule 1 of the paper asks for weaknesses, score and suggestions, its post-filter for the keywords alone: a score and an
-        improved response. ``fields``: weaknesses and suggestions too, each under its heading.
-        """
-        parts: dict[str, object] = {"score": self.score, "refinement": self.refinement}
-        if fields:
-            parts |= {"weaknesses": self.weaknesses, "suggestions": self.suggestions}
-        return next((name for name, part in parts.items() if not part), None)
+    def missing(self, parts: tuple[str, ...] = KEYWORDS) -> str | None:
+        """The first of these parts that is not there, or why nothing is; None where all are."""
+        return next((self.why or name for name in parts if not getattr(self, name)), None)
 
 
-def parse(text: str) -> Critique:
+def parse(text: str, cut: bool = False) -> Critique:
     """What comes after ``### Feedback``, or with it, taken apart; anything is accepted, and what is not found is empty.
+
+    ``cut``: the text ended at a limit of tokens, so its refinement is not whole and does not count.
 
     The score is the last valid one before the refinement, which begins at the first heading for it that follows a score (at
     the first of all, where none does): a heading that the feedback quotes does not end it.
@@ -71,7 +71,8 @@ def parse(text: str) -> Critique:
     raw, refinement = (text[: heading.start()], text[heading.end() :]) if heading else (text, "")
     scores = _SCORE.findall(raw)
     weaknesses, suggestions = _fields(raw)
-    return Critique(weaknesses, suggestions, int(scores[-1]) if scores else None, raw.strip(), refinement.strip())
+    refinement = "" if cut else refinement.strip()
+    return Critique(weaknesses, suggestions, int(scores[-1]) if scores else None, raw.strip(), refinement)
 
 
 def _fields(feedback: str) -> tuple[str, str]:

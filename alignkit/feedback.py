@@ -36,6 +36,7 @@ TOTALS = ("calls", "cached", "failed", "retries", "prompt_tokens", "tokens", "co
 OPENAI = "https://api.openai.com/v1"
 BACKOFF = 0.5  # seconds before the first repetition, doubled for each further one …
 LONGEST = 60.0  # … up to this, where the server does not say how long to wait
+AGAIN = 0.7  # least temperature of a further attempt: greedily the same would come again
 REFUSED = 8  # requests that a server may refuse before it has answered any
 TICK = 0.2  # seconds between looks at whether to stop, while waiting
 SAY_EVERY = 30.0  # seconds between lines about progress
@@ -264,7 +265,7 @@ def account(run: Run) -> Account:
     settings = run.cfg.run
     return Account(
         Path(settings.root) / FILE,
-        str(run.dir),
+        str(run.dir.resolve()),
         settings.concurrency,
         settings.budget,
         lambda: run.stop_asked,
@@ -305,6 +306,11 @@ def _opened(path: Path) -> sqlite3.Connection:
             raise
 
 
+def _warmer(temperature: float | None, question: Question) -> float | None:
+    """The temperature at which a question is asked: a further attempt is drawn, not taken greedily."""
+    return temperature if temperature is None or not question.attempt else max(temperature, AGAIN)
+
+
 def _hashed(**what: Any) -> str:
     """SHA-256 of the canonical JSON of all that an answer depends on."""
     return hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -318,7 +324,8 @@ class Endpoint:
     """A chat model behind an OpenAI-compatible endpoint: OpenAI's own, vLLM, `transformers serve` and their like.
 
     A request that the server could not serve (429, 5xx, a timeout, a broken connection or answer) is repeated after the
-    time that the server asks for, else after a growing one. Of an answer that comes without its usage, a byte is taken for a
+    time that the server asks for, else after a growing one. Answers are kept by model name, prompt and settings: give servers that
+    have different models under one name a ``revision`` each. Of an answer that comes without its usage, a byte is taken for a
     token, in the cost alone, so that a budget holds. The key is read from the environment and written nowhere.
     """
 
@@ -349,6 +356,24 @@ class Endpoint:
         if self.base_url is not None:
             _address(self.base_url, "base_url")
         self._refused: list[tuple[str, Answer]] | None = []  # not yet believed; None: the server has answered something
+
+    def connection(self) -> tuple[str, bool, str]:
+        """(address, whether it is this machine, key), of which the environment may hold two.
+
+        Raises:
+            UserError: an address that is none, or no key for one elsewhere.
+        """
+        url = self.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+        url = _address(url, "base_url" if self.base_url else "the environment's OPENAI_BASE_URL")
+        local, secret = _is_loopback(url), os.environ.get(self.key_env, "").strip()
+        if not secret and not local:
+            raise UserError(
+                f"{url} needs a key: put it into the environment variable {self.key_env}, or name another variable "
+                "with the critic's key_env."
+            )
+        if not (secret.isascii() and secret.isprintable()):
+            raise UserError(f"the environment variable {self.key_env} holds what cannot be a key.")
+        return url, local, secret
 
     def key(self, question: Question) -> str:
         """By which an answer is found again: all that it depends on, but not where the server is or who pays."""
@@ -395,7 +420,7 @@ class Endpoint:
     def request(self, question: Question) -> dict[str, Any]:
         """The fields of a request for this question."""
         limit = {} if "max_completion_tokens" in (self.extra or {}) else {"max_tokens": self.max_new_tokens}
-        optional = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        optional = {"temperature": _warmer(self.temperature, question), "top_p": self.top_p, "seed": self.seed}
         given = {name: value for name, value in optional.items() if value is not None}
         return {"model": self.model, "messages": question.messages, **limit, **given, "extra_body": self.extra}
 
@@ -420,17 +445,7 @@ class _Asking:
 
     def __init__(self, endpoint: Endpoint, account: Account) -> None:
         self.endpoint, self.account = endpoint, account
-        url = endpoint.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
-        self.url = _address(url, "base_url" if endpoint.base_url else "the environment's OPENAI_BASE_URL")
-        self.local = _is_loopback(self.url)
-        self.secret = os.environ.get(endpoint.key_env, "").strip()
-        if not self.secret and not self.local:
-            raise UserError(
-                f"{self.url} needs a key: put it into the environment variable {endpoint.key_env}, or name another variable "
-                "with the critic's key_env."
-            )
-        if not (self.secret.isascii() and self.secret.isprintable()):
-            raise UserError(f"the environment variable {endpoint.key_env} holds what cannot be a key.")
+        self.url, self.local, self.secret = endpoint.connection()
         self.found: dict[str, Answer] = {}
         self.halt: UserError | Stopped | None = None  # why no more requests are made
         self.jitter = random.Random()  # of its own: waiting must not change what anyone else draws
@@ -476,6 +491,7 @@ class _Asking:
         if self.halt:
             if endpoint._refused:
                 endpoint._refused = []
+            self.account.go_on()  # with what was on its way counted, where the budget is the reason
             raise self.halt
         for key, answer in endpoint._refused or ():
             self.account.keep(key, answer, None)
@@ -494,7 +510,8 @@ class _Asking:
             if reply.kind == "refused" and endpoint._refused is not None:
                 account.keep(key, None, call)
                 return self._doubted(key, reply)
-            last = retry == endpoint.retries
+            nobody = reply.said.startswith("ConnectError") and endpoint._refused is not None  # nothing has answered yet
+            last = retry == (min(2, endpoint.retries) if nobody else endpoint.retries)
             if reply.answer is None and last and reply.kind in ("malformed", "empty"):
                 reply.answer = Answer(None, reply.kind)
             answer = account.keep(key, reply.answer, call)
@@ -507,8 +524,8 @@ class _Asking:
                 break
             await self._pause(retry, reply.wait)
         raise UserError(
-            f"{endpoint.model} at {self.url} does not answer: {reply.said} ({endpoint.retries + 1} times). What was answered is "
-            "kept: repeat the command to go on."
+            f"{endpoint.model} at {self.url} does not answer: {reply.said} ({retry + 1} times). What was answered is "
+            "kept: see that the server runs at the critic's base_url, and repeat the command to go on."
         )
 
     def _doubted(self, key: str, reply: _Reply) -> Answer:
@@ -750,11 +767,14 @@ class Local:
                 found[key] = self._kept(account, key, Answer(None, "too long"), None)
                 del missing[key]
         order = sorted(missing, key=lambda key: len(ids[missing[key]]))
-        size = 1 if self.temperature else self.batch_size
-        for start in range(0, len(order), size):
+        warmth = {key: _warmer(self.temperature, questions[i]) or 0.0 for key, i in missing.items()}
+        greedy = [key for key in order if not warmth[key]]
+        batches = [[key] for key in order if warmth[key]]
+        batches += [greedy[i : i + self.batch_size] for i in range(0, len(greedy), self.batch_size)]
+        for batch in batches:
             account.go_on(paid=False)
-            batch = order[start : start + size]
-            found |= self._answered(policy, [rows[missing[key]] for key in batch], batch, account)
+            some = [rows[missing[key]] for key in batch]
+            found |= self._answered(policy, some, batch, warmth[batch[0]], account)
         return [found[key] for key in keys]
 
     def _load(self) -> tuple[Policy, str]:
@@ -794,15 +814,17 @@ class Local:
             attempt=question.attempt,
         )
 
-    def _answered(self, policy: Policy, rows: list[Row], keys: list[str], account: Account) -> dict[str, Answer]:
+    def _answered(
+        self, policy: Policy, rows: list[Row], keys: list[str], warmth: float, account: Account
+    ) -> dict[str, Answer]:
         import torch
 
         from alignkit.decode import Decode
 
         begun = time.monotonic()
-        how = Decode(max_new_tokens=self.max_new_tokens, greedy=not self.temperature)
+        how = Decode(max_new_tokens=self.max_new_tokens, greedy=not warmth)
         generator = torch.Generator().manual_seed(int(keys[0][:15], 16))  # read where a question is alone
-        temperature = torch.full((len(rows),), self.temperature) if self.temperature else None
+        temperature = torch.full((len(rows),), warmth) if warmth else None
         batch = policy.generate(rows, 1, how, temperature=temperature, generator=generator)
         seconds = (time.monotonic() - begun) / len(rows)
         found = {}

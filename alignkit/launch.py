@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from alignkit import feedback
 from alignkit.config import check, same_settings, same_sources
-from alignkit.data import Data, overlap
+from alignkit.data import Data, hash_source, overlap
 from alignkit.errors import UserError
 from alignkit.signature import file_of
 
@@ -49,7 +49,7 @@ def launch(cfg: DictConfig) -> dict[str, Any]:
     with locked(directory):
         if cfg.run.overwrite:
             _clear(directory)
-            feedback.forget(Path(cfg.run.root) / feedback.FILE, str(directory))
+            feedback.forget(Path(cfg.run.root) / feedback.FILE, str(directory.resolve()))
         done = _finished(cfg, directory, data)
         if done is not None:
             print(f"{directory} is finished; nothing to do. Start anew with run.overwrite=true.")
@@ -154,10 +154,32 @@ def fingerprint(
             file = None if target.startswith("alignkit.") else file_of(target)
             if file is not None:
                 found[path] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if cfg.stage == "refine":
+        found |= _inputs(cfg)
     for name in ("reward", "audit"):
         for path, folder in _models(OmegaConf.to_container(cfg[name], resolve=True), name):
             found[path] = _hash_folder(folder)
     return found
+
+
+def _inputs(cfg: DictConfig) -> dict[str, str]:
+    """What a data set is made of besides its rows: the model, and files and models that the method and its critic name."""
+    nodes: Any = OmegaConf.to_container(cfg.algo, resolve=True)
+    found = {}
+    for path, value in _leaves({"model": {"path": cfg.model.path}, "algo": nodes}):
+        if path.endswith((".not_in", ".donors")) and value:
+            found[path] = hash_source(value)
+        elif path in ("model.path", "algo.critic.model") and value and Path(value).expanduser().is_dir():
+            found[path] = _hash_folder(Path(value).expanduser())
+    return found
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from _leaves(item, f"{path}.{key}" if path else key)
 
 
 def _targets(value: Any, path: str) -> Iterator[tuple[str, str]]:

@@ -103,6 +103,11 @@ class Policy(Reader):
         found: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return found
 
+    def room(self, rows: list[Row], begun: list[str], max_new_tokens: int) -> list[bool]:
+        """Whether the positions allow this many tokens behind each row's prompt and what its response begins with."""
+        lengths = [len(a) + len(b) for a, b in zip(self.prompt_ids(rows), self._beginnings(begun), strict=True)]
+        return [length + max_new_tokens <= self.max_positions for length in lengths]
+
     def tokens_of(self, marker: str) -> tuple[int, ...]:
         """The tokens of a heading as they stand within a text, without the line ends around it."""
         ids = self.tokenizer(f"x\n\n{marker}\n", add_special_tokens=False)["input_ids"]

@@ -30,6 +30,15 @@ class Prompt:
         if not self.template.strip():
             raise ValueError("prompt.template is empty")
 
+    @property
+    def names(self) -> set[str]:
+        """The texts that the templates ask for."""
+        return {
+            name
+            for text in (self.template, self.system or "")
+            for name in meta.find_undeclared_variables(_JINJA.parse(text))
+        }
+
     def messages(self, **texts: str) -> list[dict[str, str]]:
         """The rendered turns.
 

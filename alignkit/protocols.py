@@ -21,7 +21,7 @@ class Answers:
     """The answers to N rows, and what they took."""
 
     texts: list[str]
-    first: list[str] | None  # the answers before any critique, where the protocol has them
+    first: list[str] | None  # under refine: the answers before any critique
     measured: dict[str, list[float]]  # a number a row, by name
 
 
@@ -36,14 +36,18 @@ def answers(policy: Policy, rows: list[Row], cfg: Evaluate, generator: torch.Gen
     first, tokens = [answer(text) for text in batch.responses], batch.lengths.tolist()
     if cfg.protocol == "first":
         return Answers(first, None, {"tokens": [float(n) for n in tokens]})
-    said = [parse(text[len(y) :]) for text, y in zip(batch.responses, first, strict=True)]
-    texts = [c.refinement or y for c, y in zip(said, first, strict=True)]
-    failed = [float(not c.refinement) for c in said]
+    ended = batch.extra["ended"].tolist()
+    said = [parse(text[len(y) :], not end) for text, y, end in zip(batch.responses, first, ended, strict=True)]
+    # a model that was taught to go on after an answer may do so after its second one
+    texts = [answer(c.refinement) or y for c, y in zip(said, first, strict=True)]
+    failed = [not c.refinement for c in said]
     for _ in range(1, cfg.rounds):
         again, more = _criticised(policy, rows, texts, cfg.max_new_tokens)
-        texts = [c.refinement or y for c, y in zip(again, texts, strict=True)]
+        texts = [answer(c.refinement) or y for c, y in zip(again, texts, strict=True)]
+        failed = [f or not c.refinement for f, c in zip(failed, again, strict=True)]
         tokens = [a + b for a, b in zip(tokens, more, strict=True)]
-    return Answers(texts, first, {"parse_failed": failed, "tokens": [float(n) for n in tokens]})
+    measured = {"parse_failed": [float(f) for f in failed], "tokens": [float(n) for n in tokens]}
+    return Answers(texts, first, measured)
 
 
 def criticised(policy: Policy, rows: list[Row], responses: list[str], max_new_tokens: int) -> list[Critique]:
@@ -69,7 +73,7 @@ def _reranked(policy: Policy, rows: list[Row], cfg: Evaluate, generator: torch.G
     failed = table.isnan().float().mean(1).tolist()
     return Answers(
         [texts[i * cfg.samples + j] for i, j in enumerate(best)],
-        [texts[i * cfg.samples] for i in range(len(rows))],
+        None,
         {"parse_failed": failed, "tokens": [float(n) for n in tokens]},
     )
 
@@ -77,27 +81,37 @@ def _reranked(policy: Policy, rows: list[Row], cfg: Evaluate, generator: torch.G
 def _criticised(
     policy: Policy, rows: list[Row], responses: list[str], max_new_tokens: int
 ) -> tuple[list[Critique], list[int]]:
-    texts, tokens = _gone_on(policy, rows, responses, Decode(max_new_tokens=max_new_tokens, greedy=True))
-    return [parse(text) for text in texts], tokens
+    texts, cuts, tokens = _gone_on(policy, rows, responses, Decode(max_new_tokens=max_new_tokens, greedy=True))
+    return [parse(text, cut) for text, cut in zip(texts, cuts, strict=True)], tokens
 
 
 def _own_scores(policy: Policy, rows: list[Row], responses: list[str], max_new_tokens: int) -> tuple[Tensor, list[int]]:
     how = Decode(max_new_tokens=max_new_tokens, greedy=True, stop=policy.tokens_of(IMPROVED))
-    texts, tokens = _gone_on(policy, rows, responses, how)
+    texts, _, tokens = _gone_on(policy, rows, responses, how)
     found = [parse(text).score for text in texts]
     return torch.tensor([float("nan") if score is None else float(score) for score in found]), tokens
 
 
-def _gone_on(policy: Policy, rows: list[Row], responses: list[str], how: Decode) -> tuple[list[str], list[int]]:
-    """(what the policy writes behind each response and the feedback marker, its tokens); equal ones are decoded once."""
+def _gone_on(
+    policy: Policy, rows: list[Row], responses: list[str], how: Decode
+) -> tuple[list[str], list[bool], list[int]]:
+    """(what the policy writes behind each response and the feedback marker, whether it was cut, its tokens); equal ones are
+    decoded once. Where the model's positions have no room, nothing is written."""
     keys = [(str(row["prompt"]), response) for row, response in zip(rows, responses, strict=True)]
     unique = {key: i for i, key in reversed(list(enumerate(keys)))}
+    found: dict[tuple[str, str], tuple[str, bool, int]] = {}
     order = sorted(unique.values(), key=lambda i: (len(keys[i][0]) + len(keys[i][1]), i))
-    found: dict[tuple[str, str], tuple[str, int]] = {}
+    begun = {i: f"{responses[i]}\n\n{FEEDBACK}\n" for i in order}
+    fits = policy.room([rows[i] for i in order], [begun[i] for i in order], how.max_new_tokens)
+    for i, fit in zip(order, fits, strict=True):
+        if not fit:
+            found[keys[i]] = ("", True, 0)
+    order = [i for i, fit in zip(order, fits, strict=True) if fit]
     for start in range(0, len(order), AT_ONCE):
         part = order[start : start + AT_ONCE]
-        begun = [f"{responses[i]}\n\n{FEEDBACK}\n" for i in part]
-        batch = policy.generate([rows[i] for i in part], 1, how, begun=begun)
-        for i, text, n in zip(part, batch.responses, batch.lengths.tolist(), strict=True):
-            found[keys[i]] = (text, n)
-    return [found[key][0] for key in keys], [found[key][1] for key in keys]
+        batch = policy.generate([rows[i] for i in part], 1, how, begun=[begun[i] for i in part])
+        ended, lengths = batch.extra["ended"].tolist(), batch.lengths.tolist()
+        for i, text, end, n in zip(part, batch.responses, ended, lengths, strict=True):
+            found[keys[i]] = (text, not end, n)
+    texts, cuts, tokens = zip(*(found[key] for key in keys), strict=True) if keys else ((), (), ())
+    return list(texts), list(cuts), list(tokens)

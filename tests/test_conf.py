@@ -196,8 +196,9 @@ def test_every_option_can_be_swapped_in(group: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_steps_of_a_preset_can_be_run(name: str) -> None:
+def test_the_steps_of_a_preset_can_be_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps of a pipeline are commands; ``{step}`` in them stands for the directory of an earlier one."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-a-test")
     for words in pipeline.steps(composed(preset_words(name))).values():
         check(completed(words))
 

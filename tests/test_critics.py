@@ -135,7 +135,7 @@ def test_the_reward() -> None:
         {"prompt": "sort up: 5 3 9 1 4", "id": 0, "response": y}
         for y in ("1 3 4 5 9", "1 3 4 5", "9 5 4 3 1", "none", "x")
     ]
-    assert lists.Lists()(of_texts(rows)).tolist() == pytest.approx([1, 8 / 9, 5 / 9, 4 / 9, 0])
+    assert lists.Lists()(of_texts(rows)).tolist() == pytest.approx([1, 4 / 5, 1 / 5, 0, 0])
     chat = {"prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": "reverse: 1 2"}], "id": 0}
     assert lists.Lists()(of_texts([{**chat, "response": "2 1"}])).tolist() == [1]
 
@@ -200,7 +200,7 @@ def test_what_the_oracle_writes() -> None:
 @given(prompts, answers)
 def test_a_sure_oracle_is_right(prompt: str, answer: str) -> None:
     said = one(SURE, prompt, answer)
-    assert said.missing(True) is None
+    assert said.missing(critique.FIELDS) is None
     assert said.refinement == lists.solve(prompt)
     assert said.score == lists.score(prompt, answer)
 
@@ -208,7 +208,7 @@ def test_a_sure_oracle_is_right(prompt: str, answer: str) -> None:
 @given(prompts, answers, st.integers(0, 3))
 def test_a_fallible_oracle_can_be_read(prompt: str, answer: str, seed: int) -> None:
     said = one(Oracle(noise=0.5, corruption=0.5, seed=seed), prompt, answer)
-    assert said.missing(True) is None
+    assert said.missing(critique.FIELDS) is None
     assert lists.parse(said.refinement) is not None
 
 
@@ -234,7 +234,7 @@ def test_how_often_the_oracle_errs() -> None:
 @given(prompts, st.lists(st.sampled_from(["1 2 3", "4", "none", "7 7 7 7 7 7 7 7 7"]), min_size=2, max_size=2))
 def test_fixed_tells_nothing(prompt: str, answers: list[str]) -> None:
     first, second = (one(Fixed(), prompt, answer) for answer in answers)
-    assert first.missing(True) is None
+    assert first.missing(critique.FIELDS) is None
     assert (first.raw, first.refinement, second.refinement) == (second.raw, *answers)
     again = one(Fixed(), prompt, first.refinement)
     assert again.score == first.score  # so it passes the filter that asks for no loss
@@ -322,7 +322,7 @@ def test_word_edits_by_hand() -> None:
 
 def test_post_edits_of_real_rows() -> None:
     said = [critique.parse(t) for t in texts(PostEdit(), [Question([], row, row["mt"]) for row in EDITS])]
-    assert {c.missing(True) for c in said} == {None}
+    assert {c.missing(critique.FIELDS) for c in said} == {None}
     assert [c.refinement for c in said] == [row["pe"].strip() for row in EDITS]
     again = [critique.parse(t) for t in texts(PostEdit(), [Question([], row, row["pe"]) for row in EDITS])]
     assert {c.score for c in again} == {10}
@@ -354,3 +354,29 @@ def test_a_row_without_a_post_edit(row: dict[str, Any], says: str) -> None:
 def test_settings_out_of_range(make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make()
+
+
+# ---- nearness ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [
+        ("kitten", "sitting", 3),
+        ("", "abc", 3),
+        ("abc", "", 3),
+        ("abc", "abc", 0),
+        ("12345", "2345", 1),
+        ("12345", "54321", 4),
+    ],
+)
+def test_the_edit_distance(a: str, b: str, distance: int) -> None:
+    assert lists.edit_distance(a, b) == lists.edit_distance(b, a) == distance
+
+
+@given(prompts, answers)
+def test_nearness_is_1_for_the_right_list_alone(prompt: str, answer: str) -> None:
+    rows = [{"prompt": prompt, "id": 0, "response": y} for y in (answer, lists.solve(prompt))]
+    near, right = lists.Lists()(of_texts(rows)).tolist()
+    assert right == 1.0 and 0 <= near <= 1
+    assert (near == 1) == (lists.parse(answer) == lists.parse(lists.solve(prompt)))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from alignkit.critique import KEEPS, Critique, answer, has_marker, parse, written
+from alignkit.critique import FIELDS, KEEPS, Critique, answer, has_marker, parse, written
 
 # the method's Table 1 spells `Overall Score: [[6]]` and `### Improved Response`, its footnote `###Overall Score` and
 # `###Improved Response`; models add bold face, colons, numbers and spaces
@@ -123,11 +123,11 @@ def test_the_cards_example(
 
 
 def test_rule_one_by_fields_asks_for_each_of_them() -> None:
-    assert parse(SOUND).missing(fields=True) is None
+    assert parse(SOUND).missing(FIELDS) is None
     assert (parse(SOUND).weaknesses, parse(SOUND).suggestions) == ("too short", "say more")
-    assert parse(SOUND.replace("advise:", "and")).missing(fields=True) == "suggestions"
-    assert parse(SOUND.replace("weak:", "and")).missing(fields=True) == "weaknesses"
-    assert parse(SOUND.replace("\nok", "\n  \n")).missing(fields=True) == "refinement"
+    assert parse(SOUND.replace("advise:", "and")).missing(FIELDS) == "suggestions"
+    assert parse(SOUND.replace("weak:", "and")).missing(FIELDS) == "weaknesses"
+    assert parse(SOUND.replace("\nok", "\n  \n")).missing(FIELDS) == "refinement"
 
 
 @pytest.mark.parametrize("weak", ["Weaknesses:", "weak:", "**Weaknesses:**", "**Weaknesses**:", "### Weaknesses:", "1. Weaknesses:",

@@ -30,7 +30,7 @@ def critique(prompt: str, seed: object = None) -> str:
 def start(server: ChatServer, place: Path, root: str, concurrency: int) -> subprocess.Popen[str]:
     words = [
         "+algo=srt_collect", "data=custom", f"data.train={place}/rows.jsonl", "data.response=null", "algo.drafts=draft",
-        "critic=endpoint", "algo.critic.model=m", f"algo.critic.base_url={server.url}", "algo.critic.timeout=0.5",
+        "critic=endpoint", "algo.critic.model=m", f"algo.critic.base_url={server.url}", "algo.critic.timeout=2",
         "algo.rows_per_part=200", f"run.root={place / root}", f"run.concurrency={concurrency}", "run.wandb=disabled",
     ]  # fmt: skip
     return subprocess.Popen(
@@ -49,7 +49,7 @@ def test_a_thousand_rows_once_each_and_none_paid_for_twice(tmp_path: Path) -> No
     rows = [{"prompt": f"question {i}", "draft": f"draft {i}"} for i in range(N)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     faults = by_share(0.1, TRANSIENT)
-    with ChatServer(faults, delay=0.002, slow=1.0, retry_after=0.1, say=critique) as server:
+    with ChatServer(faults, delay=0.002, slow=3.0, retry_after=0.1, say=critique) as server:
         server.wait_for = 900
         process = start(server, tmp_path, "killed", 16)
         assert server.answered.wait(120), process.communicate()

@@ -112,9 +112,9 @@ def go(*processes: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("fault", TRANSIENT)
 def test_a_passing_fault_is_asked_again_and_changes_nothing(fault, tmp_path):
-    with ChatServer(only("question 1", fault), slow=1.0, retry_after=0.05) as server, opened(tmp_path) as acc:
+    with ChatServer(only("question 1", fault), slow=2.5, retry_after=0.05) as server, opened(tmp_path) as acc:
         state = random.getstate()
-        found = Endpoint(model="m", base_url=server.url, timeout=0.4).ask(numbered(3), acc)
+        found = Endpoint(model="m", base_url=server.url, timeout=1.2).ask(numbered(3), acc)
         assert random.getstate() == state  # waiting draws from a generator of its own
         assert texts(found) == expected(3)
         assert server.asked() == {"question 0": 1, "question 1": 2, "question 2": 1}
@@ -126,8 +126,8 @@ def test_a_passing_fault_is_asked_again_and_changes_nothing(fault, tmp_path):
 
 @pytest.mark.parametrize("fault", ["429", "500", "slow", "drip", "cut", "hang up"])
 def test_a_server_that_does_not_serve_stops_the_run_and_loses_nothing(fault, tmp_path):
-    with ChatServer(only("question 2", *[fault] * 3), slow=0.6, retry_after=0.05) as server:
-        endpoint = Endpoint(model="m", base_url=server.url, timeout=0.2, retries=2)
+    with ChatServer(only("question 2", *[fault] * 3), slow=1.6, retry_after=0.05) as server:
+        endpoint = Endpoint(model="m", base_url=server.url, timeout=0.8, retries=2)
         told = pytest.raises(UserError, match=r"3 times.*repeat the command to go on")
         with opened(tmp_path, concurrency=1) as acc, told:
             endpoint.ask(numbered(5), acc)

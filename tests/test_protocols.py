@@ -66,7 +66,7 @@ def test_rerank_takes_the_sample_that_the_model_itself_scores_best() -> None:
     """It answers either way: 1 2 3 has 10 and 3 1 2 has 2, but the last prompt's refinement has less than its first answer."""
     found = answers(critical_policy(), ask(), settings("rerank", samples=16), generator())
     assert found.texts == ["1 2 3", "7 8 9", "4 5 6", "1 0 2"]
-    assert found.first is not None and found.first[:2] == FIRST[:2]  # the first samples are others
+    assert found.first is None
 
 
 def test_rerank_goes_by_the_order_of_samples_among_equals_and_counts_all_that_was_written() -> None:
@@ -104,7 +104,7 @@ def test_a_model_that_never_writes_the_marker_is_taken_at_its_word(build_policy:
     assert found.texts == found.first == plain and found.measured["parse_failed"] == [1.0] * 4
     assert answers(tiny_causal, data, settings("first", max_new_tokens=12), generator()).texts == plain
     ranked = answers(tiny_causal, data, settings("rerank", max_new_tokens=12, samples=3), generator())
-    assert ranked.texts == ranked.first and ranked.measured["parse_failed"] == [1.0] * 4  # no score: the earliest
+    assert ranked.measured["parse_failed"] == [1.0] * 4  # no score: the earliest
 
 
 @pytest.mark.parametrize("words", ["feedback", "score", "heading"])

@@ -140,7 +140,7 @@ def test_the_data_are_the_parts_without_what_was_dropped(tmp_path: Path, collect
     assert 0 < sum(gains.values()) < len(gains)
     assert [row["response"] for row in lines(run / "data.jsonl")] == [y for y, gain in gains.items() if gain]
     lost = len(gains) - sum(gains.values())
-    assert result["rows"] == {"read": 8, "kept": sum(gains.values()), "dropped": {"no gain": lost, "no score": 1}}
+    assert result["rows"] == {"read": 8, "kept": sum(gains.values()), "dropped": {"no gain": lost, "empty": 1}}
     assert [row["source"] for row in lines(run / "data.jsonl")] == ["critic"] * sum(gains.values())
     log = asked(tmp_path / "log")
     assert Counter(json.dumps(one) for one in log).most_common(1)[0][1] == 1  # nothing twice
@@ -154,9 +154,9 @@ def test_the_card_counts_what_came_through(tmp_path: Path, collecting: Any, caps
     result, run = train(tmp_path, *collecting("algo.rounds=2"))
     card = (run / "README.md").read_text()
     rows = result["rows"]
-    assert f"| read | 8 |\n| dropped: no gain | {rows['dropped']['no gain']} |\n| dropped: no score | 1 |" in card
+    assert f"| read | 8 |\n| dropped: no gain | {rows['dropped']['no gain']} |\n| dropped: empty | 1 |" in card
     assert f"| kept | {rows['kept']} |" in card and result["data_sha256"] in card
-    assert "## Dropped: no gain" in card and "## Dropped: no score" in card
+    assert "## Dropped: no gain" in card and "## Dropped: empty" in card
     drafts = [score(y) for y in DRAFTS if y != "unclear"]
     found = result["scores"]["score_response"]
     assert (found["n"], found["mean"]) == (7, pytest.approx(sum(drafts) / 7))
@@ -351,7 +351,7 @@ def refused(cli: Any, *words: str) -> str:
         (["+algo=rejection", "reward=null"], r"rejection goes by a reward: choose one with reward=NAME"),
         (["+algo=srt_collect", "algo.drafts=darft"], r"row 0 has no text in column 'darft', which algo\.drafts asks for"),
         (["+algo=srt_self", *SMALL_SEQ2SEQ], r"srt_self: a model that goes on from its own answer must be causal"),
-        (["+algo=self_rank", *SMALL_SEQ2SEQ], r"algo\.score=critique needs a causal model; take algo\.score=loglik_norm"),
+        (["+algo=self_rank", "algo.score=critique", *SMALL_SEQ2SEQ], r"algo\.score=critique needs a causal model; take algo\.score=loglik_norm"),
         (["+algo=best_of_n", "algo.n=1"], r"algo: n must be at least 2, is 1"),
         (["+algo=rejection", "algo.max_per_prompt=0"], r"algo: max_per_prompt must be at least 1, is 0"),
         (["+algo=self_rank", "algo.write=worst"], r"algo\.write: must be .*'best', 'pairs'.*, is 'worst'"),
@@ -394,7 +394,9 @@ def test_where_every_row_is_dropped_the_filters_are_named(tmp_path: Path, collec
     words = ["train", *collecting("algo.min_gain=9", f"run.dir={tmp_path}/none")]
     code, _, err = cli(*words)
     assert code == 2 and err.count("error:") == 1
-    assert re.search(r"no row is left: 7 no gain, 1 no score\. What was answered lies in .*none/parts\.", err)
+    assert re.search(
+        r"no row is left: 7 no gain, 1 empty\. The first critique: .* What there was lies in .*none/parts\.", err
+    )
     assert not (tmp_path / "none" / "data.jsonl").exists() and not (tmp_path / "none" / "result.json").exists()
     before = asked(tmp_path / "log")
     assert cli(*words)[0] == 2 and asked(tmp_path / "log") == before

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from alignkit.batch import Batch
-from alignkit.critique import Critique, answer, has_marker, parse
+from alignkit.critique import FIELDS, KEYWORDS, Critique, answer, has_marker, parse
 from alignkit.data import Row
 from alignkit.decode import Decode
-from alignkit.errors import UserError, need
+from alignkit.errors import UserError, need, suggest
 from alignkit.feedback import Account
 from alignkit.policy import Policy
 
-Critics = Callable[[list[Row], list[str], bool], list[Critique]]
-"""(rows, a response to each, whether weaknesses and suggestions are needed) → what is said of each response."""
+Criticise = Callable[[list[Row], list[str], tuple[str, ...]], list[Critique]]
+"""(rows, a response to each, the parts of a critique that are needed) → what is said of each response."""
 
 
 @dataclass(kw_only=True)
@@ -69,10 +69,19 @@ def own(row: Row) -> Row:
 
 
 def instruction(row: Row) -> str:
-    """The instruction of a row as one text: a prompt, or the last user turn of a chat."""
+    """The instruction of a row as one text: a prompt, or the user turn of a chat that has one.
+
+    Raises:
+        UserError: a chat of several turns, which one text cannot tell.
+    """
     if isinstance(row["prompt"], str):
         return row["prompt"]
-    return next(str(turn["content"]) for turn in reversed(row["prompt"]) if turn["role"] == "user")
+    turns = [str(turn["content"]) for turn in row["prompt"] if turn["role"] == "user"]
+    if len(turns) != 1:
+        raise UserError(
+            f"row {row.get('id', '?')} is a chat with {len(turns)} user turns; an instruction has one. Leave such rows out."
+        )
+    return turns[0]
 
 
 @dataclass(kw_only=True)
@@ -87,7 +96,7 @@ class Improve(Refine):
         super().__post_init__()
         need(self, "rounds >= 1", "min_gain >= -9")
 
-    def improved(self, rows: list[Row], drafts: list[str], critics: Critics, source: str) -> list[Row]:
+    def improved(self, rows: list[Row], drafts: list[str], criticise: Criticise, source: str) -> list[Row]:
         """Drafts, what is said of each, and the best refinement, each refinement scored by a critique of its own.
 
         Round k criticises refinement k as if it were a first answer: that gives its score, by a critic who does not see where
@@ -96,16 +105,21 @@ class Improve(Refine):
         texts = [[draft] for draft in drafts]
         chains: list[list[Critique]] = [[] for _ in rows]
         for k in range(self.rounds + 1):
-            fields = self.need_fields and k == 0  # of later critiques only scores and rewrites count
+            needed = self.needed if k == 0 else KEYWORDS if k < self.rounds else ("score",)
             going = [i for i, said in enumerate(texts) if len(said) == k + 1 and said[k]]
             if not going:
                 break
-            found = critics([rows[i] for i in going], [texts[i][k] for i in going], fields)
+            found = criticise([rows[i] for i in going], [texts[i][k] for i in going], needed)
             for i, said in zip(going, found, strict=True):
                 chains[i].append(said)
-                if said.missing(fields) is None:
+                if said.missing(needed) is None:
                     texts[i].append(said.refinement)
         return [self._row(*each, source) for each in zip(rows, texts, chains, strict=True)]
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The parts that a draft's critique must have (rule 1)."""
+        return FIELDS if self.need_fields else KEYWORDS
 
     def _row(self, row: Row, responses: list[str], chain: list[Critique], source: str) -> Row:
         draft, first = responses[0], chain[0] if chain else parse("")
@@ -123,17 +137,17 @@ class Improve(Refine):
             "scores": scores,
             "source": source,
         }  # fmt: skip
-        missing = first.missing(self.need_fields)
+        missing = first.missing(self.needed)
         if not draft:
             return made | {"dropped": "draft empty"}
         if missing:
-            return made | {"dropped": f"no {missing}"}
+            return made | {"dropped": missing if missing == first.why else f"no {missing}"}
         scored = [(score, -k) for k, score in enumerate(scores) if k and score is not None]
         if not scored:
             return made | {"dropped": "refinement not scored"}
         score, k = max(scored)[0], -max(scored)[1]
         made |= {"refinement": responses[k], "score_refinement": score}
-        if has_marker(draft) or has_marker(responses[k]):
+        if any(map(has_marker, (draft, first.weaknesses, first.suggestions, responses[k]))):
             return made | {"dropped": "marker inside"}
         assert first.score is not None
         return made if score - first.score >= self.min_gain else made | {"dropped": "no gain"}
@@ -152,7 +166,9 @@ def column(rows: list[Row], name: str) -> list[str]:
     """
     for row in rows:
         if not isinstance(row.get(name), str):
-            raise UserError(f"row {row['id']} has no text in column '{name}', which algo.drafts asks for.")
+            raise UserError(
+                f"row {row['id']} has no text in column '{name}', which algo.drafts asks for.{suggest(name, own(row))}"
+            )
     return [row[name] for row in rows]
 
 
@@ -180,6 +196,8 @@ def ranked(rows: list[Row], batch: Batch, scores: Tensor, write: str) -> list[Ro
             }  # fmt: skip
             if made["score_chosen"] == made["score_rejected"]:
                 made["dropped"] = "tie"
+            elif not (made["chosen"] and made["rejected"]):
+                made["dropped"] = "empty"
             elif made["chosen"] == made["rejected"]:
                 made["dropped"] = "alike"
         found.append(made)

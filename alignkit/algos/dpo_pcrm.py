@@ -33,7 +33,7 @@ class DPOPCRM(Pref):
         need(self, "beta > 0", "smoothing >= 0", "smoothing < 0.5")
 
     def survey(self, policy: Any, rows: list[Row], run: Run, texts: list[str]) -> None:
-        self.constraint.survey(lambda part: policy.pairs(part, self.max_response_tokens), rows, run, texts)
+        self.constraint.survey(lambda part: policy.pairs(part, self.max_response_tokens, self.end), rows, run, texts)
 
     def whole(self, policy: Any, batch: Batch, generator: torch.Generator) -> Batch:
         return self.constraint.whole(batch, generator)

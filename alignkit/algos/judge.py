@@ -59,8 +59,8 @@ class Judge:
             gap: (N,) characters of the candidate's text less those of the other.
 
         Returns:
-            ``win_rate`` and ``length_controlled`` (per cent, with 95 % intervals), the counts ``wins``, ``ties`` and ``losses``
-            (a preference above, at and below 1/2), ``failed``, rows without a verdict, and ``longer``, the share of rows whose
+            ``win_rate`` and ``length_controlled`` (per cent, with 95 % intervals; the second where neither is always the
+            longer), the counts ``wins``, ``ties`` and ``losses`` (a preference above, at and below 1/2), ``failed``, rows without a verdict, and ``longer``, the share of rows whose
             candidate's text is the longer one (equal ones count half): near 0 or 1 an equal length lies outside of what was
             seen, and the regression extrapolates with more confidence than it should have.
         """
@@ -68,11 +68,15 @@ class Judge:
         if not rates:
             raise ValueError("there is a verdict on none of the rows")
         known = ~np.isnan(preference)
-        kept = preference[known]
+        kept, differ = preference[known], gap[known]
         sums = np.stack([np.nan_to_num(preference), _length_feature(gap, known), known.astype(float)], axis=1)
         return {
             **summary(Sentences(rates), self.bootstrap),
-            **summary(_LengthControlled({"length_controlled": sums}), min(self.bootstrap, LENGTH_RESAMPLES)),
+            **(
+                {}  # one is always the longer: nothing is known of equal lengths
+                if (differ > 0).all() or (differ < 0).all()
+                else summary(_LengthControlled({"length_controlled": sums}), min(self.bootstrap, LENGTH_RESAMPLES))
+            ),
             "wins": int((kept > 0.5).sum()),
             "ties": int((kept == 0.5).sum()),
             "losses": int((kept < 0.5).sum()),

@@ -44,8 +44,7 @@ class SelfRank(Refine):
     def refine(
         self, policy: Policy, reward: Any, rows: list[Row], account: Account, generator: torch.Generator
     ) -> list[Row]:
-        stop = policy.tokens_of(FEEDBACK) if self.score == "critique" else ()
-        batch = self.sampled(policy, rows, self.n, generator, stop=stop)
+        batch = self.sampled(policy, rows, self.n, generator, stop=policy.tokens_of(FEEDBACK))
         batch = batch.with_(responses=drafts_of(batch))
         return ranked(rows, batch, self._scores(policy, batch), self.write)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from alignkit.algos._refine import Improve, column, drafts_of, instruction
 from alignkit.critique import Critique, parse
 from alignkit.data import Row
 from alignkit.errors import need
-from alignkit.feedback import Account, Critic, Question
+from alignkit.feedback import Account, Answer, Critic, Question
 from alignkit.policy import Policy
 from alignkit.prompt import Prompt
+
+FINAL = ("refused", "filtered", "too long")  # who gives no text for such a reason will give none
 
 
 @dataclass(kw_only=True)
@@ -34,6 +36,11 @@ class SRTCollect(Improve):
     def __post_init__(self) -> None:
         super().__post_init__()
         need(self, "reasks >= 0")
+        for name in ("instruction", "response"):
+            if name not in self.prompt.names:
+                raise ValueError(
+                    f"prompt.template: does not show the {name} to the critic; put {{{{ {name} }}}} into it"
+                )
 
     def prepare(self, rows: list[Row]) -> list[Row]:
         if self.drafts is not None:
@@ -52,26 +59,39 @@ class SRTCollect(Improve):
         else:
             drafts = column(rows, self.drafts)
         return self.improved(
-            rows, drafts, lambda part, texts, fields: self._asked(part, texts, fields, account), "critic"
+            rows, drafts, lambda part, texts, needed: self._asked(part, texts, needed, account), "critic"
         )
 
-    def _asked(self, rows: list[Row], responses: list[str], fields: bool, account: Account) -> list[Critique]:
-        """What the critic says of each response; asked again where its answer lacks a part."""
-        found = [parse("") for _ in rows]
-        open_ = list(range(len(rows)))
+    def _asked(
+        self, rows: list[Row], responses: list[str], needed: tuple[str, ...], account: Account
+    ) -> list[Critique]:
+        """What the critic says of each response; asked again where its answer lacks a part, the first with most staying."""
+        found: dict[int, Critique] = {}
+        again = list(range(len(rows)))
         for attempt in range(self.reasks + 1):
             questions = [
                 Question(
                     self.prompt.messages(instruction=instruction(rows[i]), response=responses[i]),
                     rows[i], responses[i], attempt,
                 )
-                for i in open_
+                for i in again
             ]  # fmt: skip
-            for i, answer in zip(open_, self.critic.ask(questions, account), strict=True):
-                said = parse(answer.text or "")
-                if said.score is not None or found[i].score is None:  # a score that was given once stays
+            answers = dict(zip(again, self.critic.ask(questions, account), strict=True))
+            for i, answer in answers.items():
+                said = parse(answer.text or "", answer.cut)
+                said = said if answer.text else replace(said, why=_kind(answer) or "no answer")
+                if i not in found or _parts(said, needed) > _parts(found[i], needed):
                     found[i] = said
-            open_ = [i for i in open_ if found[i].missing(fields)]
-            if not open_:
+            again = [i for i, said in answers.items() if found[i].missing(needed) and _kind(said) not in FINAL]
+            if not again:
                 break
-        return found
+        return [found[i] for i in range(len(rows))]
+
+
+def _kind(answer: Answer) -> str:
+    """Why there is no text, without what the server says of it."""
+    return answer.why.partition(":")[0]
+
+
+def _parts(critique: Critique, needed: tuple[str, ...]) -> int:
+    return sum(bool(getattr(critique, name)) for name in needed)

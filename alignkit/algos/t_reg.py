@@ -68,7 +68,9 @@ class TREG(Pref):
             {**row, "prompt": request(template, row, text), "response": text}
             for row, text in zip(batch.rows, batch.responses, strict=True)
         ]
-        return by_parts(start.demonstrations(rows, self.max_response_tokens), self.micro_tokens, start.forward)
+        return by_parts(
+            start.demonstrations(rows, self.max_response_tokens, self.end), self.micro_tokens, start.forward
+        )
 
     def margins(self, pairs: Pairs) -> Tensor:
         return self.beta * gap(pairs.log_ratios)

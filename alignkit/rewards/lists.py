@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -165,14 +165,39 @@ def corrupted(text: str, rng: random.Random) -> str:
     return written(items)
 
 
+def distance(prompt: str, response: str) -> int | None:
+    """How many items have to be put in, left out or replaced until the answer is right (Levenshtein); None for what is no list
+    of digits."""
+    right, given = parse(solve(prompt)), parse(response)
+    assert right is not None
+    return None if given is None else edit_distance(given, right)
+
+
+def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:
+    """Least number of insertions, deletions and replacements between two sequences."""
+    above = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+        above = row
+    return above[-1]
+
+
 @dataclass(kw_only=True)
 class Lists:
-    """How right the answer to an instruction on a list of digits is: 1 where all items are, 1/9 less a missing or surplus item, 0 at least.
+    """How near the answer to an instruction on a list of digits is to the right one: 1 less the items that have to be put in, left
+    out or replaced over those of the right list, at least 0.
 
-    It reads the row's ``prompt`` alone, such as ``sort up: 5 3 9``; of an answer that is no list of digits the score is 0.
+    It reads the row's ``prompt`` alone, such as ``sort up: 5 3 9``. This is not the score of `critic=oracle`, which goes by what
+    its critique names, so that a model is not judged by the score that it has learned.
     """
 
     def __call__(self, batch: Batch) -> Tensor:
-        pairs = zip(batch.rows, batch.responses, strict=True)
-        scores = [(score(prompt_of(row), y) - 1) / 9 for row, y in pairs]
+        scores = [_nearness(prompt_of(row), y) for row, y in zip(batch.rows, batch.responses, strict=True)]
         return torch.tensor(scores, dtype=torch.float32, device=batch.response_ids.device)
+
+
+def _nearness(prompt: str, response: str) -> float:
+    wrong = distance(prompt, response)
+    return 0.0 if wrong is None else max(0.0, 1 - wrong / max(1, len(parse(solve(prompt)) or [])))

@@ -88,6 +88,11 @@ class HeldOut:
             self.run.progress.say(
                 f"warning: every response to the {split} rows is empty. Does the prompt look as in training?"
             )
+        if entries and all(e.get("parse_failed") for e in entries):
+            self.run.progress.say(
+                f"warning: the model criticises itself in none of the {split} rows, so evaluate.protocol={self.cfg.protocol} gives "
+                f"its first answers. Is it one of +algo=srt?"
+            )
         if self.ranked:
             entries = [e | {"preference_accuracy": x} for e, x in zip(entries, self.ranked(split, rows), strict=True)]
         scored = metrics.sentences(

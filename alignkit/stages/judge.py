@@ -58,7 +58,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Any, reward: Any) -> dict[s
         "comparisons": comparisons, "agreement": _agreement(algo, list(judges), found), "cost": cost,
         "evaluation": {split: {
             f"{figure}/{opponent}/{name}": one[figure]
-            for opponent, each in comparisons.items() for name, one in each.items() for figure in ("win_rate", "length_controlled")
+            for opponent, each in comparisons.items() for name, one in each.items() for figure in ("win_rate", "length_controlled") if figure in one
         }},
         "verdict": _sentence(algo.candidate, comparisons), "seconds": {"judge": run.ledger["seconds/judge"]},
         "directory": str(run.dir),
@@ -194,7 +194,7 @@ def summary(result: dict[str, Any]) -> str:
     lines = [_row(head), "|---" * len(head) + "|"]
     for opponent, name, one in ones:
         counts = " / ".join(str(one[key]) for key in ("wins", "ties", "losses"))
-        rates = [cell("win_rate", one[key]) for key in ("win_rate", "length_controlled")]
+        rates = [cell("win_rate", one[key]) if key in one else "–" for key in ("win_rate", "length_controlled")]
         lines.append(_row([opponent, name, *rates, counts, *(_number(one, key) for key in more)]))
     scores = dict.fromkeys(judge for system in result["systems"].values() for judge in system.get("scores", {}))
     lines += [

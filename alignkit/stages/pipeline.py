@@ -41,7 +41,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             raise Stopped(f"stopped in step {name}.")
         if code != 0:
             raise UserError(
-                f"pipeline step {name} failed (exit {code}); its message is above. Mend it and repeat the command."
+                f"pipeline step {name} failed (exit {code}); its message is above. Mend it and repeat the command; with other words, "
+                f"add run.name={directory.name} to keep the steps that are finished."
             )
         done[name] = str(directory / name)
         results[name] = json.loads((directory / name / "result.json").read_text(encoding="utf-8"))
@@ -124,8 +125,10 @@ def report(results: dict[str, dict[str, Any]]) -> str:
             lines.append(f"| {step} | KL to the start, nats a response* | 0 | {result['training']['kl']:.2f} |")
             note = "\n\n\\* of the samples from which the last step of these weights learned"
     text = "\n".join(lines) + note if len(lines) > 2 else ""
-    sections = [f"## {step}\n\n{stage.summary(results[step]).strip()}" for step, stage in own.items()]
-    return "\n\n".join([*([text] if text else []), *sections])
+    sections = {step: f"## {step}\n\n{stage.summary(results[step]).strip()}" for step, stage in own.items()}
+    first = [section for step, section in sections.items() if results[step]["stage"] == "judge"]  # the verdict
+    rest = [section for step, section in sections.items() if results[step]["stage"] != "judge"]
+    return "\n\n".join([*first, *([f"## steps\n\n{text}" if first else text] if text else []), *rest])
 
 
 def _run_to_its_end(command: list[str]) -> tuple[int, bool]:

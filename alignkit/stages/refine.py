@@ -41,9 +41,10 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Refine, reward: Any) -> dic
                     part = rows[step * size : (step + 1) * size]
                     found = algo.refine(policy, reward, part, account, run.generator(step, "refine"))
                 run.count("rows/read", len(part))
-                run.count("rows/kept", sum("dropped" not in row for row in found))
+                run.count("rows/dropped", sum("dropped" in row for row in found))
+                kept = 1 - run.ledger["rows/dropped"] / run.ledger["rows/read"]
+                run.log(step + 1, {"kept": kept, **account.totals()})
                 run.save_part(step + 1, found)
-                run.log(step + 1, {"kept": run.ledger["rows/kept"] / run.ledger["rows/read"], **account.totals()})
                 if run.stop_asked and step + 1 < count:
                     raise Stopped(f"stopped after part {step + 1} of {count}, saved in {run.dir}/parts.")
         spent = account.totals()
@@ -54,7 +55,11 @@ def _finish(cfg: DictConfig, run: Run, found: list[Row], read: int, spent: dict[
     kept = [row for row in found if "dropped" not in row]
     if not kept:
         why = ", ".join(f"{n} {reason}" for reason, n in Counter(row["dropped"] for row in found).most_common())
-        raise UserError(f"no row is left: {why}. What was answered lies in {run.dir}/parts.")
+        said = next((row["feedback"]["raw"] for row in found if row.get("feedback")), "")
+        raise UserError(
+            f"no row is left: {why}. {f'The first critique: {said[:200]!r}. ' if said else ''}What there was lies in {run.dir}/parts. Change what keeps the rows out; a critic that gave no "
+            f"answer is asked again with run.overwrite=true."
+        )
     text = as_lines(kept)
     write_atomically(run.dir / "data.jsonl", text)
     result = {
@@ -101,11 +106,13 @@ def summary(result: dict[str, Any]) -> str:
     lines += [f"| kept | {rows['kept']:,} |", ""]
     names = {"score_response": "draft", "score_refinement": "refinement", "score": "best"}
     if result["scores"]:
-        lines += ["| score | mean | n | " + " | ".join(map(str, range(1, 11))) + " |", "|---" * 13 + "|"]
+        wide = any("of" in found for name, found in result["scores"].items() if name in names)
+        lines += ["| " + " | ".join(["score", "mean", "n", *(map(str, range(1, 11)) if wide else ())]) + " |"]
+        lines += ["|---" * (13 if wide else 3) + "|"]
         for name, found in result["scores"].items():
             if name in names:
-                cells = [str(n) for n in found.get("of", dict.fromkeys(range(10), "")).values()]
-                lines.append(f"| {names[name]} | {found['mean']:.2f} | {found['n']:,} | " + " | ".join(cells) + " |")
+                cells = [str(n) for n in found.get("of", {}).values()]
+                lines.append("| " + " | ".join([names[name], f"{found['mean']:.2f}", f"{found['n']:,}", *cells]) + " |")
         if "by_round" in result["scores"]:
             means = [f"{mean:.2f}" for mean in result["scores"]["by_round"]]
             lines += ["", "mean score by round, drafts first: " + ", ".join(means)]

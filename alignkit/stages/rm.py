@@ -22,7 +22,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RM, reward: Any) -> dict[st
     if not data.gives(algo.wants):
         keys = "data.ratings" if algo.wants == "ratings" else "data.chosen and data.rejected, or data.pairing"
         raise UserError(f"{cfg.name} learns from {algo.wants}: set {keys}, or choose other data (`alignkit list`).")
-    rows = data.rows("train")
+    rows = algo.prepare(data.rows("train"), data.sides)
     model = algo.build(OmegaConf.to_object(cfg.model), cfg.seed, data.texts(), run.checkpoint)  # type: ignore[arg-type]
     _tell_cut(model, rows, run)
     model.examples = responses_of(rows[:: max(1, len(rows) // EXAMPLES)])

@@ -236,9 +236,40 @@ def test_a_missing_draft_is_named_before_the_critic_is_asked() -> None:
     assert not critic.asked
 
 
-def test_a_chat_is_asked_about_by_its_last_user_turn() -> None:
-    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "U1"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "U2"}]  # fmt: skip
-    assert instruction({"prompt": chat}) == "U2"
+def test_a_chat_is_asked_about_by_its_user_turn() -> None:
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "U1"}]
+    assert instruction({"prompt": chat}) == "U1"
+    with pytest.raises(UserError, match="row 7 is a chat with 2 user turns"):
+        instruction({"prompt": [*chat, {"role": "assistant", "content": "A"}, *chat], "id": 7})
+    with pytest.raises(UserError, match="0 user turns"):
+        instruction({"prompt": chat[:1], "id": 7})
+
+
+def test_who_refuses_is_not_asked_again_and_the_reason_is_counted() -> None:
+    critic = Refuses("filtered", "refused: 400: too long", "malformed")
+    found = collected(critic, ["a", "b", "c"])
+    assert [row["dropped"] for row in found] == ["filtered", "refused", "malformed"]
+    assert critic.asked == ["a", "b", "c", "c"]  # what was broken may come whole
+
+
+class Refuses:
+    """Gives no text, for a reason by response."""
+
+    def __init__(self, *why: str) -> None:
+        self.why, self.asked = dict(zip("abc", why, strict=True)), []
+
+    def ask(self, questions: list[Question], account: Any) -> list[Answer]:
+        self.asked += [q.response for q in questions]
+        return [Answer(None, self.why[q.response]) for q in questions]
+
+
+def test_half_a_rewrite_is_none() -> None:
+    class Cut:
+        def ask(self, questions: list[Question], account: Any) -> list[Answer]:
+            return [Answer(said(5, "half of a"), cut=True) for _ in questions]
+
+    [found] = collected(Cut(), ["y"])
+    assert found["dropped"] == "no refinement" and found["score_response"] == 5
 
 
 def test_columns_that_a_run_before_has_written_do_not_count_for_this_one() -> None:

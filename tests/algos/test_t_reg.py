@@ -59,7 +59,7 @@ def test_card_token_rewards(make_batch) -> None:
     batch = make_batch([1], [3])
 
     class Start:
-        def demonstrations(self, rows, max_tokens):
+        def demonstrations(self, rows, max_tokens, end):
             assert [row["response"] for row in rows] == batch.responses
             return batch.with_(rows=rows)
 
