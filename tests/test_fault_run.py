@@ -65,7 +65,6 @@ def test_a_thousand_rows_once_each_and_none_paid_for_twice(tmp_path: Path) -> No
         assert len(server.completed) == 2 * N  # a critique of each draft and one of each rewrite
         twice = [prompt for prompt, times in server.completed.items() if times > 1]
         assert len(twice) <= 16 and set(twice) <= set(first) and max(server.completed.values()) <= 2  # at the kill
-        assert server.peak <= 16
 
     found = lines(data_of(tmp_path, "killed"))
     assert [row["prompt"] for row in found] == [row["prompt"] for row in rows]
