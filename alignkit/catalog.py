@@ -104,6 +104,12 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
             example = (
                 "alignkit train +algo=judge data=tatoeba_en_de reward=chrf 'algo.outputs={base: runs/A, tuned: runs/B}'"
             )
+        if (group, name) == ("prompt", "pairwise"):
+            example = (
+                "alignkit train +algo=judge data=tatoeba_en_de 'algo.outputs={base: runs/A, tuned: runs/B}' "
+                "+algo.judges.chat._target_=alignkit.judges.ByChat +prompt@algo.judges.chat.prompt=pairwise "
+                "+critic@algo.judges.chat.critic=local algo.judges.chat.critic.model=VALUE"
+            )
         example += "".join(f" {key}=VALUE" for key in _left_open(group, path, extra))
         return "\n".join([*lines, "", f"example: {example}"])
     every = [n for group in GROUPS for n in options(group, extra)]

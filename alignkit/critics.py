@@ -96,7 +96,7 @@ class PostEdit:
         if response == _column(row, self.translation):
             hter = _number(row, self.hter)
         else:
-            hter = word_edits(there, wanted) / max(1, len(wanted))
+            hter = lists.edit_distance(there, wanted) / max(1, len(wanted))
         score = max(1, min(9, 10 - ceil(round(10 * hter, 6))))
         return Answer(said("; ".join(weaknesses) + ".", "; ".join(suggestions) + ".", score, edited))
 
@@ -183,17 +183,6 @@ def said(weaknesses: str, suggestions: str, score: int, refinement: str) -> str:
 def drawn(seed: int, prompt: str, response: str) -> random.Random:
     """A generator of draws that depends on these three alone, in every process."""
     return random.Random(f"{seed}\0{prompt}\0{response}")  # seeded by the text's SHA-512, not by hash()
-
-
-def word_edits(there: list[str], wanted: list[str]) -> int:
-    """The least number of words to insert, drop or replace that makes one list of the other (Levenshtein)."""
-    last = list(range(len(wanted) + 1))
-    for i, word in enumerate(there, 1):
-        row = [i]
-        for j, other in enumerate(wanted, 1):
-            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (word != other)))
-        last = row
-    return last[-1]
 
 
 def _column(row: Row, column: str) -> object:

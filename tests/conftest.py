@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from alignkit.batch import Batch
+from alignkit.cli import main
 from alignkit.config import Model
 from alignkit.policy import Policy, load
 
@@ -150,3 +154,23 @@ def make_batch():
         )
 
     return make
+
+
+@pytest.fixture
+def cli(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """``cli(*words)``: (exit code, output, errors) of a command run in this process, in a folder of its own."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main([*words])
+        except SystemExit as e:
+            code = int(e.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import re
 import resource
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from hydra.utils import get_class
 from running import command, composed
 
 from alignkit import __version__, catalog
-from alignkit.cli import USAGE, VERBS, evaluate_words, main
-from alignkit.config import check, conf_dir
+from alignkit.cli import USAGE, VERBS, evaluate_words
+from alignkit.config import GROUPS, check, conf_dir
 from alignkit.errors import UserError
 
 CONF = conf_dir()
@@ -35,28 +35,8 @@ def content(group: str, name: str) -> dict[str, Any]:
         return {}
 
 
-EVERY = [(g, n) for g in ("algo", "preset", "model", "data", "reward") for n in names(g)]
+EVERY = [(g, n) for g in GROUPS for n in names(g)]
 CLASSES = [n for n in names("algo") if "_target_" in (content("algo", n).get("algo") or {})]
-
-
-@pytest.fixture
-def cli(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[..., tuple[int, str, str]]:
-    """``cli(*words)``: (exit code, output, errors) of a command run in this process, in a folder of its own."""
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([*words])
-        except SystemExit as e:
-            code = int(e.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 # ---- at once -------------------------------------------------------------------------------------------------
@@ -174,12 +154,13 @@ def test_the_card_of_a_preset(name: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "name"), EVERY)
-def test_the_example_of_a_card_can_be_run(group: str, name: str) -> None:
+def test_the_example_of_a_card_can_be_run(group: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-a-test")
     verb, *words = shlex.split(catalog.card(name).rpartition("example: alignkit ")[2])
     if verb == "evaluate":
         words = evaluate_words([*words, "data=rnnlg"])
     check(composed(words))
-    assert any(word.removeprefix("+") == f"{group}={name}" for word in words)
+    assert any(re.fullmatch(rf"\+?{group}(@[\w.]+)?={name}", word) for word in words)
 
 
 def test_show_asks_for_one_name(cli: Callable[..., tuple[int, str, str]]) -> None:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from alignkit import critique
 from alignkit.config import conf_dir
-from alignkit.critics import DRAFTS, Fixed, Oracle, PostEdit, Shuffled, word_edits
+from alignkit.critics import DRAFTS, Fixed, Oracle, PostEdit, Shuffled
 from alignkit.data import read
 from alignkit.errors import UserError
 from alignkit.feedback import Question
@@ -317,7 +317,7 @@ def test_what_the_post_edit_says() -> None:
 
 def test_word_edits_by_hand() -> None:
     cases = {("", ""): 0, ("a b c", "a c"): 1, ("a b", "b a"): 2, ("", "a b"): 2, ("a x c", "a b c d"): 2}
-    assert {pair: word_edits(pair[0].split(), pair[1].split()) for pair in cases} == cases
+    assert {pair: lists.edit_distance(pair[0].split(), pair[1].split()) for pair in cases} == cases
 
 
 def test_post_edits_of_real_rows() -> None:

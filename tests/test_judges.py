@@ -187,7 +187,7 @@ def test_a_template_with_another_name_is_refused() -> None:
 
 
 def test_the_shipped_prompt_shows_all_texts_and_every_verdict() -> None:
-    settings = yaml.safe_load((conf_dir() / "prompt" / "judge.yaml").read_text(encoding="utf-8"))
+    settings = yaml.safe_load((conf_dir() / "prompt" / "pairwise.yaml").read_text(encoding="utf-8"))
     assert settings.pop("_target_") == "alignkit.prompt.Prompt"
     (turn,) = Prompt(**settings).messages(instruction="<the task>", first="<one>", second="<two>")
     places = [turn["content"].index(text) for text in ("<the task>", "<one>", "<two>", "[[A]]", "[[B]]", "[[C]]")]

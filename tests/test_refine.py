@@ -19,8 +19,6 @@ import torch
 from critical import FIRST, PROMPTS, REFINED, critical_policy
 from running import SMALL_CAUSAL, SMALL_SEQ2SEQ, lines, train
 
-from alignkit.cli import main
-
 QUIET = ["run.threads=1", "run.wandb=disabled"]
 CRITIC = '''
 import json, os, time
@@ -84,26 +82,6 @@ def collecting(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         ]  # fmt: skip
 
     return words
-
-
-@pytest.fixture
-def cli(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[..., tuple[int, str, str]]:
-    """``cli(*words)``: (exit code, output, errors) of a command run in this process, in the test's folder."""
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([*words])
-        except SystemExit as e:
-            code = int(e.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def asked(log: Path) -> list[list[Any]]:

@@ -212,7 +212,7 @@ class Longer:
 
 def test_a_chat_model_from_the_command_line(place: Path) -> None:
     (place / "own.py").write_text(CRITIC)
-    chat = ["+algo.judges.chat._target_=alignkit.judges.ByChat", "+prompt@algo.judges.chat.prompt=judge"]
+    chat = ["+algo.judges.chat._target_=alignkit.judges.ByChat", "+prompt@algo.judges.chat.prompt=pairwise"]
     chat += ["+algo.judges.chat.critic._target_=own.Longer"]
     ran = command("train", *words(place, "base", "tuned"), *chat, cwd=place)
     assert ran.returncode == 0, ran.stderr
@@ -235,7 +235,7 @@ def test_a_chat_model_from_the_command_line(place: Path) -> None:
 def test_a_chat_model_that_never_says_a_verdict(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "mute.py").write_text(CRITIC)
     monkeypatch.syspath_prepend(str(place))
-    chat = ["+algo.judges.chat._target_=alignkit.judges.ByChat", "+prompt@algo.judges.chat.prompt=judge"]
+    chat = ["+algo.judges.chat._target_=alignkit.judges.ByChat", "+prompt@algo.judges.chat.prompt=pairwise"]
     chat += ["+algo.judges.chat.critic._target_=mute.Longer", "+algo.judges.chat.critic.verdict=hm"]
     with pytest.raises(UserError, match="judge 'chat' on tuned against base: there is a verdict on none of the rows"):
         train(place / "runs", *words(place, "base", "tuned"), *chat)
