@@ -329,11 +329,21 @@ class Run:
         self._prune()
 
     def save_part(self, done: int, rows: list[Row]) -> None:
-        """Write the rows of part ``done`` of a stage that makes a data set, and that parts 1 to ``done`` are there."""
+        """Write the rows of part ``done`` of a stage that makes a data set, and that parts 1 to ``done`` are there.
+
+        Raises:
+            UserError: the disk is full, or cannot be written.
+        """
         folder = self.dir / "parts"
-        folder.mkdir(exist_ok=True)
-        write_atomically(folder / f"{done:06d}.jsonl", as_lines(rows))
-        write_atomically(folder / "run.json", json.dumps(self._state(done, {})))
+        try:
+            folder.mkdir(exist_ok=True)
+            write_atomically(folder / f"{done:06d}.jsonl", as_lines(rows))
+            write_atomically(folder / "run.json", json.dumps(self._state(done, {})))
+        except OSError as e:
+            raise UserError(
+                f"part {done} in {folder} could not be written ({e.strerror}). The parts before it are whole: free some space and "
+                "repeat the command to go on."
+            ) from None
 
     def parts(self, count: int) -> list[Row]:
         """The rows of parts 1 to ``count``, in order."""

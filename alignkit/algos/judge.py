@@ -60,9 +60,10 @@ class Judge:
 
         Returns:
             ``win_rate`` and ``length_controlled`` (per cent, with 95 % intervals; the second where neither is always the
-            longer), the counts ``wins``, ``ties`` and ``losses`` (a preference above, at and below 1/2), ``failed``, rows without a verdict, and ``longer``, the share of rows whose
-            candidate's text is the longer one (equal ones count half): near 0 or 1 an equal length lies outside of what was
-            seen, and the regression extrapolates with more confidence than it should have.
+            longer), the counts ``wins``, ``ties`` and ``losses`` (a preference above, at and below 1/2), ``failed``, rows
+            without a verdict, and ``longer``, the share of rows whose candidate's text is the longer one (equal ones count
+            half): near 0 or 1 an equal length lies outside of what was seen, and the regression extrapolates with more
+            confidence than it should have.
         """
         rates = per_prompt([{"win_rate": 100 * float(p)} for p in preference])
         if not rates:

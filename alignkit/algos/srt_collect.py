@@ -65,7 +65,7 @@ class SRTCollect(Improve):
     def _asked(
         self, rows: list[Row], responses: list[str], needed: tuple[str, ...], account: Account
     ) -> list[Critique]:
-        """What the critic says of each response; asked again where its answer lacks a part, the first with most staying."""
+        """What the critic says of each response; asked again where its answer lacks a part; the attempt with most parts counts."""
         found: dict[int, Critique] = {}
         again = list(range(len(rows)))
         for attempt in range(self.reasks + 1):
