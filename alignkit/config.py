@@ -59,7 +59,7 @@ class Model:
     path: str | None = None  # hub id, local folder, run directory, or bundled:NAME
     kind: str = "auto"  # auto | causal | seq2seq | encoder (a reward model alone)
     config: Any = None  # transformers settings of a model built from scratch; model_type is required
-    tokenizer: str | None = None  # id or folder; null: the model's own, or one trained on the data
+    tokenizer: str | None = None  # id, folder or bundled:NAME; null: the model's own, or one trained on the data
     vocab_size: int = 2000  # of a tokenizer trained on the data
     dtype: str = "float32"  # of the weights
     compute: str = "same"  # same | bfloat16: sampling, forward and backward in bfloat16 on float32 master weights

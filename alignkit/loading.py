@@ -156,7 +156,8 @@ def _pretrained(path: str, cfg: Model, dtype: torch.dtype, auto: Auto) -> tuple[
 
 
 def read_tokenizer(path: str) -> Any:
-    """The tokenizer of a folder or a hub id."""
+    """The tokenizer of a folder, a hub id or a bundled model."""
+    path = resolve(path) if path.startswith("bundled:") else path
     file = Path(path) / "tokenizer_config.json"
     if file.is_file():
         named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class")
