@@ -115,6 +115,11 @@ def train(words: list[str]) -> None:
             raise
         if "Ambiguous value" in str(e):
             raise UserError(f"{str(e).splitlines()[0]} Several values are a sweep: alignkit train -m …") from None
+        part = re.search(r"Could not override '(\w+)@algo\.", str(e))
+        if part:
+            raise UserError(
+                f"{part[1]}=…: this method takes no {part[1]}. `alignkit show NAME` prints its settings."
+            ) from None
         step = next((w.partition("=")[0] for w in words if w.lstrip("+").startswith("more.")), None)
         hint = f" Words of a step want quotes inside: '{step}=\"algo.steps=5\"'." if step else ""
         hint += " Quote a value with braces twice: 'data.prompt=\"{column}\"'." if any("{" in w for w in words) else ""

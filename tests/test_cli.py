@@ -171,6 +171,12 @@ def test_show_asks_for_one_name(cli: Callable[..., tuple[int, str, str]]) -> Non
     assert "Did you mean 'esrl'?" in err
 
 
+@pytest.mark.parametrize("part", ["critic=oracle", "prompt=pairwise"])
+def test_a_part_that_a_method_does_not_have_is_refused(part: str, cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = cli("train", "+algo=ppo", part)
+    assert code == 2 and err.startswith(f"error: {part.partition('=')[0]}=…: this method takes no ")
+
+
 # ---- evaluate ------------------------------------------------------------------------------------------------
 
 

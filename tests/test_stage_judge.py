@@ -224,6 +224,8 @@ def test_a_chat_model_from_the_command_line(place: Path) -> None:
     assert found["win_rate"]["value"] == pytest.approx(200 / 3)
     assert (found["consistency"], found["first_wins"]) == (pytest.approx(1 / 3), pytest.approx(5 / 6))
     assert found["asked_again"] == 2
+    assert "by chat (which contradicts itself: consistency 0.33)" in result["verdict"]
+    assert "by reward;" in result["verdict"]  # a reward sees no order
     assert result["cost"]["calls"] == 0
     # reward: tie, win, tie on the rows that both judge; chat: tie, tie, win
     assert result["agreement"]["reward, chat"] == {"same": pytest.approx(1 / 3), "kappa": pytest.approx(-0.5), "n": 3}

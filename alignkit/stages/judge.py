@@ -170,11 +170,21 @@ def _record(path: Path, rows: list[Row], algo: Any, texts: dict[str, list[str]],
 def _sentence(candidate: str, comparisons: dict[str, dict[str, Any]]) -> str:
     """The win rates in a sentence."""
     parts = [
-        f"{cell('win_rate', one['win_rate'])} % against {opponent} by {name}"
+        f"{cell('win_rate', one['win_rate'])} % against {opponent} by {name}{_doubt(one)}"
         for opponent, each in comparisons.items()
         for name, one in each.items()
     ]
     return f"{candidate} wins {'; '.join(parts)}."
+
+
+def _doubt(one: dict[str, Any]) -> str:
+    """A remark on a judge that goes by the order in which it sees the texts, so that its ties say nothing."""
+    consistency = one.get("consistency")
+    return (
+        ""
+        if consistency is None or consistency >= 0.5
+        else f" (which contradicts itself: consistency {consistency:.2f})"
+    )
 
 
 def report(result: dict[str, Any]) -> str:
