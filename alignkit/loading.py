@@ -77,6 +77,9 @@ def read(
     prepare(model, tokenizer)
     if cfg.compute == "bfloat16" and device == "cpu" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("sdpa_float32")
+        for module in model.modules():  # transformers 5.17 leaves out T5's stacks, whose configurations are copies
+            if getattr(module, "config", None) is not None and module.config._attn_implementation == "sdpa":
+                module.config._attn_implementation = "sdpa_float32"
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora.r:
