@@ -13,7 +13,6 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from alignkit.errors import UserError, suggest
-from alignkit.feedback import Endpoint
 from alignkit.signature import Setting, settings_of
 
 PARTS = ("critic", "prompt")  # groups that are chosen for a setting of the method by their name
@@ -369,6 +368,8 @@ def check(cfg: DictConfig) -> None:
     for path, settings in _endpoints(method, "algo"):
         if any(line.startswith(path) for line in wrong):
             continue
+        from alignkit.feedback import Endpoint  # here: few runs have one, and every command would wait for it
+
         try:
             Endpoint(**{k: v for k, v in settings.items() if k != "_target_"}).connection()
         except (UserError, ValueError) as e:

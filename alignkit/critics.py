@@ -26,8 +26,8 @@ NOTHING = ("nothing", "keep it")  # weaknesses of a perfect response, and the ad
 
 @dataclass(kw_only=True)
 class Oracle:
-    """Names the missing and the surplus items of a list of digits, their repair and the exact score, and rewrites it: the perfect critic,
-    made fallible by two settings.
+    """Names the missing and the surplus items of a list of digits and their repair, scores and rewrites it: the perfect
+    critic, made fallible by two settings.
 
     With probability ``noise`` the score is not the checker's but drawn from the scores that GPT-4 gave to 25,000 first drafts
     (Figure 3 of arXiv 2406.07168), whatever the response; with probability ``corruption`` the rewrite has one new fault.

@@ -378,3 +378,11 @@ def test_where_every_row_is_dropped_the_filters_are_named(tmp_path: Path, collec
     assert not (tmp_path / "none" / "data.jsonl").exists() and not (tmp_path / "none" / "result.json").exists()
     before = asked(tmp_path / "log")
     assert cli(*words)[0] == 2 and asked(tmp_path / "log") == before
+
+
+def test_a_chat_of_several_turns_is_refused_before_anyone_is_asked(tmp_path: Path, own: Path, cli: Any) -> None:
+    turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"turns": turns, "draft": "d"}) + "\n")
+    words = ["+algo=srt_collect", "data=custom", f"data.train={tmp_path}/chats.jsonl", "data.messages=turns"]
+    code, _, err = cli("train", *words, "data.response=null", "algo.drafts=draft", "critic=fixed", "run.wandb=disabled")
+    assert code == 2 and "row 0 is a chat with 2 user turns" in err and not list(tmp_path.glob("runs/*/parts"))

@@ -68,6 +68,12 @@ def own(row: Row) -> Row:
     return {name: value for name, value in row.items() if name not in ("id", *WRITTEN)}
 
 
+def told(row: Row) -> Row:
+    """``own`` columns, and the instruction where one text can tell it."""
+    single = isinstance(row["prompt"], str) or sum(turn["role"] == "user" for turn in row["prompt"]) == 1
+    return own(row) | ({"instruction": instruction(row)} if single else {})
+
+
 def instruction(row: Row) -> str:
     """The instruction of a row as one text: a prompt, or the user turn of a chat that has one.
 
@@ -95,6 +101,11 @@ class Improve(Refine):
     def __post_init__(self) -> None:
         super().__post_init__()
         need(self, "rounds >= 1", "min_gain >= -9")
+
+    def prepare(self, rows: list[Row]) -> list[Row]:
+        for row in rows:
+            instruction(row)
+        return rows
 
     def improved(self, rows: list[Row], drafts: list[str], criticise: Criticise, source: str) -> list[Row]:
         """Drafts, what is said of each, and the best refinement, each refinement scored by a critique of its own.
@@ -182,7 +193,7 @@ def ranked(rows: list[Row], batch: Batch, scores: Tensor, write: str) -> list[Ro
     for i, row in enumerate(rows):
         mine = (batch.group == i).nonzero().flatten().tolist()
         order = sorted((j for j in mine if scores[j] == scores[j]), key=lambda j: (-float(scores[j]), j))
-        made = {**own(row), "instruction": instruction(row), "responses": [batch.responses[j] for j in mine]}
+        made = {**told(row), "responses": [batch.responses[j] for j in mine]}
         made["scores"] = [None if scores[j] != scores[j] else float(scores[j]) for j in mine]
         if not order:
             found.append(made | {"dropped": "no score"})

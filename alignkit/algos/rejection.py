@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from alignkit.algos._refine import Refine, instruction, own
+from alignkit.algos._refine import Refine, told
 from alignkit.data import Row
 from alignkit.errors import need
 from alignkit.feedback import Account
@@ -43,7 +43,7 @@ class Rejection(Refine):
                 if float(scores[j]) >= self.threshold:
                     text = batch.responses[j]
                     best[text] = max(best.get(text, self.threshold), float(scores[j]))
-            made = {**own(row), "instruction": instruction(row), "accepted": len(best)}
+            made = {**told(row), "accepted": len(best)}
             kept = sorted(best.items(), key=lambda pair: -pair[1])[: self.max_per_prompt]
             found += [made | {"response": text, "score": score} for text, score in kept]
             if not kept:

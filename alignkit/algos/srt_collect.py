@@ -45,7 +45,7 @@ class SRTCollect(Improve):
     def prepare(self, rows: list[Row]) -> list[Row]:
         if self.drafts is not None:
             column(rows, self.drafts)
-        return rows
+        return super().prepare(rows)
 
     @property
     def needs_policy(self) -> bool:  # type: ignore[override]

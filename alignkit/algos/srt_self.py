@@ -34,6 +34,7 @@ class SRTSelf(Improve):
         need(self, "max_feedback_tokens >= 1")
 
     def prepare(self, rows: list[Row]) -> list[Row]:
+        rows = super().prepare(rows)
         if self.not_in is None:
             return rows
         known = {_instruction(where, columns) for where, columns in read(self.not_in)}

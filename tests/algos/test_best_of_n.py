@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignkit.algos._refine import ranked
+from alignkit.algos._refine import ranked, told
 from alignkit.algos.best_of_n import BestOfN
 from alignkit.batch import Batch
 from alignkit.errors import UserError
@@ -97,3 +97,10 @@ def test_ranges() -> None:
     with pytest.raises(ValueError, match="n must be at least 2"):
         BestOfN(n=1)
     assert BestOfN.needs_reward
+
+
+def test_a_chat_of_several_turns_is_sampled_too() -> None:
+    """Only what one text must tell, an instruction for a critic, is refused there."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert told({"prompt": turns, "id": 0}) == {"prompt": turns}
+    assert told({"prompt": turns[:1], "id": 0}) == {"prompt": turns[:1], "instruction": "a"}
