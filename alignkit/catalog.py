@@ -17,7 +17,21 @@ from alignkit.errors import UserError, suggest
 from alignkit.signature import doc_of, settings_of
 
 EXAMPLES = {"reward": "esrl", "critic": "srt_collect", "prompt": "srt_collect"}  # group → a method that takes one
-STAGES = ("sft", "pref", "rm", "rl", "refine", "evaluate", "evaluate_rm", "judge", "study", "pipeline")
+STAGES = (
+    "sft",
+    "pref",
+    "rm",
+    "rl",
+    "distill",
+    "select",
+    "refine",
+    "evaluate",
+    "evaluate_rm",
+    "evaluate_classes",
+    "judge",
+    "study",
+    "pipeline",
+)
 
 
 def options(group: str, extra: list[Path] = []) -> dict[str, Path]:  # noqa: B006

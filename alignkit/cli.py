@@ -227,21 +227,25 @@ def evaluate_words(words: list[str]) -> list[str]:
         given = [*given, "data.train=null"]
     plain = re.fullmatch(r"[\w./:@-]+", model)
     quoted = model if plain else "'" + model.replace("'", r"\'") + "'"
-    stage = "evaluate_rm" if _is_reward_model(Path(model)) else "evaluate"
+    stage = _evaluation_of(Path(model))
     return [f"+algo={stage}", f"model.path={quoted}", *given, *rest]
 
 
-def _is_reward_model(folder: Path) -> bool:
-    """Whether a run or model folder holds a reward model, of alignkit or a classifier of transformers."""
+def _evaluation_of(folder: Path) -> str:
+    """The stage that measures what a run or model folder holds: a policy, a reward model (of alignkit, or a classifier of
+    transformers with one label), or a classifier."""
     import json
 
     inside = [
         p for p in (folder / "final", folder, *sorted(folder.glob("checkpoint-*"))) if (p / "config.json").is_file()
     ]
     if not inside:
-        return False
-    kinds = json.loads((inside[0] / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    return (inside[0] / "reward_model.json").is_file() or any(k.endswith("ForSequenceClassification") for k in kinds)
+        return "evaluate"
+    config = json.loads((inside[0] / "config.json").read_text(encoding="utf-8"))
+    classifies = any(k.endswith("ForSequenceClassification") for k in config.get("architectures") or [])
+    if (inside[0] / "reward_model.json").is_file() or (classifies and len(config.get("id2label", "12")) == 1):
+        return "evaluate_rm"
+    return "evaluate_classes" if classifies else "evaluate"
 
 
 def _data_of(run: Path) -> list[str]:

@@ -23,8 +23,11 @@ NEEDS = {  # what a stage cannot do without
     "refine": ("data", "algo"),
     "rm": ("data", "algo"),
     "rl": ("data", "reward", "algo"),
+    "distill": ("data", "algo"),
+    "select": ("data", "algo"),
     "evaluate": ("data",),
     "evaluate_rm": ("data",),
+    "evaluate_classes": ("data",),
     "judge": ("data", "algo"),
     "study": ("algo",),
     "pipeline": ("steps",),
@@ -37,6 +40,7 @@ SELECTS = {  # what can pick the best checkpoint of a stage that trains
     "rl": TEXTS,
     "pref": (*TEXTS, "preference_accuracy"),
     "rm": ("preference_accuracy", "correlation"),
+    "distill": (*TEXTS, "accuracy"),
 }
 ALL = tuple(dict.fromkeys(name for names in SELECTS.values() for name in names))
 
@@ -80,7 +84,7 @@ class Evaluate:
     max_new_tokens: int = 64
     batch_size: int = 250
     every: int = 50  # steps between evaluations on dev; 0: never
-    select: str = "bleu"  # dev metric that picks the best checkpoint: bleu | chrf | exact_match | length_ratio | reward | preference_accuracy | correlation
+    select: str = "bleu"  # dev metric that picks the best checkpoint: bleu | chrf | exact_match | length_ratio | reward | preference_accuracy | correlation | accuracy
     final: str = "best"  # best | last: which weights become final/
     test: bool = True  # evaluate the test split, before and after RL, after SFT
     rows: int | None = None  # at most this many rows of each split
@@ -381,6 +385,13 @@ def check(cfg: DictConfig) -> None:
         wrong.append(
             f"evaluate.select: in stage {stage} one of {', '.join(measured)} picks the best; is '{cfg.evaluate.select}'."
         )
+    if stage == "distill" and method:
+        classifies = method.get("task", "classify") == "classify"
+        if classifies != (cfg.evaluate.select == "accuracy"):
+            wrong.append(
+                f"evaluate.select: of algo.task={'classify' if classifies else 'write'} "
+                f"{'accuracy' if classifies else ', '.join(TEXTS)} picks the best; is '{cfg.evaluate.select}'."
+            )
     for step in cfg.more:
         if step not in cfg.steps:
             wrong.append(f"more.{step}: is not a step of this pipeline.{suggest(step, cfg.steps)}")
@@ -388,7 +399,7 @@ def check(cfg: DictConfig) -> None:
         wrong.append(
             "a pipeline has no algo, data or reward of its own: give a step its words, as in 'more.ppo=\"algo.steps=5\"'."
         )
-    if stage in SELECTS and cfg.data and cfg.data.get("train") is None:
+    if stage in (*SELECTS, "select") and cfg.data and cfg.data.get("train") is None:
         wrong.append(f"data.train: the {stage} stage learns from it; name a source.")
     if stage in ("rl", "pref") and cfg.model.lora.dropout:
         wrong.append(f"model.lora.dropout: has no effect in stage {stage}, which runs without dropout.")

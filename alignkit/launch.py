@@ -26,6 +26,7 @@ from alignkit.signature import file_of
 EVALUATES = (
     "evaluate",
     "evaluate_rm",
+    "evaluate_classes",
     "judge",
 )  # stages that learn nothing: no training rows are read, and they are done again
 

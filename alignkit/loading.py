@@ -40,6 +40,7 @@ def read(
     auto: Auto,
     task: Callable[[Any], str | None],
     prepare: Callable[[Any, Any], object] = lambda model, tokenizer: None,
+    fresh: tuple[str, ...] = (),
 ) -> tuple[Any, Any, torch.dtype]:
     """(model in evaluation mode, tokenizer, precision to compute in) as ``cfg`` describes them.
 
@@ -48,6 +49,7 @@ def read(
         checkpoint: folder of the weights with which a run goes on.
         task: a model's configuration → peft's name of the task, for adapters.
         prepare: what is done to model and tokenizer before adapters are put on.
+        fresh: beginnings of the names of weights that a path may lack, which are then new.
 
     Raises:
         UserError: no such model, a folder without weights, a model of another kind, a device that is not there.
@@ -66,9 +68,9 @@ def read(
         torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = getattr(torch, cfg.dtype)
     if checkpoint and not cfg.lora.r:
-        model, tokenizer = _pretrained(str(checkpoint), cfg, dtype, auto)
+        model, tokenizer = _pretrained(str(checkpoint), cfg, dtype, auto, ())
     elif cfg.path:
-        model, tokenizer = _pretrained(resolve(cfg.path), cfg, dtype, auto)
+        model, tokenizer = _pretrained(resolve(cfg.path), cfg, dtype, auto, fresh)
     elif cfg.config:
         model, tokenizer = _from_scratch(cfg, texts, seed, auto)
         model = model.to(dtype)
@@ -135,7 +137,7 @@ def resolve(path: str) -> str:
     return str(folder)
 
 
-def _pretrained(path: str, cfg: Model, dtype: torch.dtype, auto: Auto) -> tuple[Any, Any]:
+def _pretrained(path: str, cfg: Model, dtype: torch.dtype, auto: Auto, fresh: tuple[str, ...]) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(path)
         kind = kind_of(config)
@@ -152,7 +154,7 @@ def _pretrained(path: str, cfg: Model, dtype: torch.dtype, auto: Auto) -> tuple[
             f"model.path={path}: cannot be loaded ({type(e).__name__}: {reason}). Check the id or folder; with "
             f"HF_HUB_OFFLINE=1 only what lies in the cache is found."
         ) from None
-    missing = sorted(name for name in info["missing_keys"] if "pooler." not in name)  # which nothing here reads
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(fresh) and "pooler." not in name)
     if missing:
         raise UserError(f"model.path={path}: the weights lack {', '.join(missing[:3])}.")
     return model, tokenizer

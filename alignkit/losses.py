@@ -117,6 +117,49 @@ def rebel(log_ratios: Tensor, rewards: Tensor, eta: float, scaled: bool = False)
     return Loss(error.sum(), float(len(error)))
 
 
+def response(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """(n,) T² KL(p_T ‖ p_S) of logits (n, V), both over the temperature T (arXiv 1503.02531; PKD's code, arXiv 1908.09355)."""
+    wanted = (teacher.float() / temperature).log_softmax(-1)
+    found = (student.float() / temperature).log_softmax(-1)
+    return temperature**2 * (wanted.exp() * (wanted - found)).sum(-1)
+
+
+def feature(student: Tensor, teacher: Tensor) -> Tensor:
+    """(...,) mean squared difference of states (..., d)."""
+    return (student.float() - teacher.float()).square().mean(-1)
+
+
+def patient(student: Tensor, teacher: Tensor) -> Tensor:
+    """(...,) ``feature`` of states (..., d) of length 1: PKD's normalised form (arXiv 1908.09355, released code)."""
+    return feature(
+        torch.nn.functional.normalize(student.float(), dim=-1), torch.nn.functional.normalize(teacher.float(), dim=-1)
+    )
+
+
+def fsp(a: Tensor, b: Tensor, where: Tensor) -> Tensor:
+    """(B, d, e) flow between two layers, H_aᵀ H_b / n over a row's n tokens (Yim et al., CVPR 2017, tokens for positions).
+
+    Args:
+        a, b: (B, W, d) and (B, W, e) states; ``where`` (B, W) bool: the tokens that count.
+    """
+    kept = where[..., None]
+    flow = (a.float() * kept).transpose(1, 2) @ (b.float() * kept)
+    return flow / where.sum(1).clamp(min=1)[:, None, None]
+
+
+def relation(student: list[Tensor], teacher: list[Tensor], where: Tensor) -> Tensor:
+    """(B,) mean squared difference of the flows between consecutive layers, mean over the pairs of layers.
+
+    Args:
+        student, teacher: states (B, W, d) of as many layers, the lower ones first.
+    """
+    pairs = [
+        (fsp(student[i], student[i + 1], where) - fsp(teacher[i], teacher[i + 1], where)).square().mean((1, 2))
+        for i in range(len(student) - 1)
+    ]
+    return torch.stack(pairs).mean(0)
+
+
 def logistic(margins: Tensor, smoothing: float = 0.0, robust: bool = False) -> Tensor:
     """(N,) -log sigmoid(d) of margins d (N,), with a share ``smoothing`` of the pairs taken for flipped.
 

@@ -190,7 +190,17 @@ _SCORE = {
     "ece": lambda sums: np.abs(sums[:, :10] - sums[:, 10:20]).sum(1) / sums[:, 20],
     "macro": lambda sums: 100 * _macro(sums),
     **dict.fromkeys(
-        ("exact_match", "first_exact_match", "parse_failed", "preference_accuracy", "ties", "longer_wins", "section"),
+        (
+            "accuracy",
+            "agreement",
+            "exact_match",
+            "first_exact_match",
+            "parse_failed",
+            "preference_accuracy",
+            "ties",
+            "longer_wins",
+            "section",
+        ),
         lambda sums: 100 * _share(sums),
     ),
 }  # every other one is a mean

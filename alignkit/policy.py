@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from alignkit.decode import Decode, decode
 from alignkit.errors import UserError
 from alignkit.loading import kind_of, read
 from alignkit.reader import Reader
-from alignkit.scoring import Piece, by_parts, scatter, teacher_forced
+from alignkit.scoring import Piece, Seen, by_parts, scatter, teacher_forced
 
 
 class Policy(Reader):
@@ -144,6 +144,19 @@ class Policy(Reader):
         forced = partial(teacher_forced, trunk, batch, self._start, logits=False, hidden=True)
         return self._head_values(self._computed(lambda: list(forced()), trunk), batch.mask)
 
+    def seen(self, batch: Batch, layers: Sequence[int] = ()) -> Seen:
+        """Logits and hidden states *before* each response token that counts; of an encoder–decoder, the decoder's."""
+        pieces = self._computed(lambda: list(teacher_forced(self.model, batch, self._start, layers=layers)))
+        where = torch.cat([piece.where for piece in pieces])
+        logits = torch.cat([piece.logits for piece in pieces if piece.logits is not None])
+        states = [torch.cat(parts) for parts in zip(*(piece.states for piece in pieces), strict=True)]
+        return Seen(
+            logits[where.argsort()],
+            {layer: scatter(x, where, batch.mask) for layer, x in zip(layers, states, strict=True)},
+            batch.mask,
+            first=False,
+        )
+
     def _head_values(self, pieces: list[Piece], mask: Tensor) -> Tensor:
         assert self.critic is not None
         hidden = torch.cat([piece.hidden for piece in pieces if piece.hidden is not None])
@@ -173,27 +186,6 @@ class Policy(Reader):
         self.model.train(mode)
         if self.critic is not None:
             self.critic.train(mode)
-
-    def restore(self, checkpoint: Path) -> None:
-        """Load the weights of a checkpoint of this very policy in place."""
-        source = type(self.model).from_pretrained(checkpoint) if not hasattr(self.model, "peft_config") else None
-        if source is not None:
-            self.model.load_state_dict(source.state_dict())
-        else:
-            training = self.model.training
-            self.model.load_adapter(checkpoint, adapter_name="default", is_trainable=True)
-            self.model.train(training)
-
-    def save(self, path: Path) -> None:
-        """Write a plain ``save_pretrained`` folder; of adapters alone, where only these are trained."""
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
-
-    def export(self, path: Path) -> None:
-        """Write the whole model as a plain ``save_pretrained`` folder, adapters merged into it."""
-        if hasattr(self.model, "merge_and_unload"):
-            self.model = self.model.merge_and_unload()
-        self.save(path)
 
 
 def reference(policy: Policy, cfg: Model, seed: int, texts: list[str], budget: int) -> Callable[[Batch], Tensor]:

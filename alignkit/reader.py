@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +29,10 @@ FROM_PADDING = (
 
 
 class Reader:
-    """A transformers model with its tokenizer: the common part of a policy and a reward model."""
+    """A transformers model with its tokenizer: the common part of a policy, a classifier and a reward model."""
+
+    critic: Any = None  # a policy may have one
+    beside: torch.nn.Module | None = None  # trained with the model, saved in checkpoints, no part of the model
 
     def __init__(self, model: Any, tokenizer: Any, compute: torch.dtype = torch.float32) -> None:
         self.model = model
@@ -59,6 +63,18 @@ class Reader:
         # RoBERTa and its kin count positions from the one after the padding token's id, which MPNet takes for 1
         offset = max(self.model.config.pad_token_id, 1) + 1 if self.model.config.model_type in FROM_PADDING else 0
         return 10**9 if relative or not limit else int(limit) - offset
+
+    @property
+    def depth(self) -> int:
+        """Layers; of an encoder–decoder, of its decoder."""
+        config = self.model.config
+        names = ("decoder_layers", "num_decoder_layers") if self.is_encoder_decoder else ()
+        return int(next((n for name in names if (n := getattr(config, name, None))), config.num_hidden_layers))
+
+    @property
+    def width(self) -> int:
+        """Size of a hidden state."""
+        return int(getattr(self.model.config, "hidden_size", None) or self.model.config.d_model)
 
     def encode_prompts(self, rows: list[Row]) -> list[list[int]]:
         """``prompt_ids``, within the model's positions.
@@ -185,6 +201,27 @@ class Reader:
                     setattr(module, name, 0.0)
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
+
+    def restore(self, checkpoint: Path) -> None:
+        """Load the weights of a checkpoint of this very model in place."""
+        source = type(self.model).from_pretrained(checkpoint) if not hasattr(self.model, "peft_config") else None
+        if source is not None:
+            self.model.load_state_dict(source.state_dict())
+        else:
+            training = self.model.training
+            self.model.load_adapter(checkpoint, adapter_name="default", is_trainable=True)
+            self.model.train(training)
+
+    def save(self, path: Path) -> None:
+        """Write a plain ``save_pretrained`` folder; of adapters alone, where only these are trained."""
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+    def export(self, path: Path) -> None:
+        """Write the whole model as a plain ``save_pretrained`` folder, adapters merged into it."""
+        if hasattr(self.model, "merge_and_unload"):
+            self.model = self.model.merge_and_unload()
+        self.save(path)
 
     def lint(self) -> list[str]:
         """What is wrong with the special tokens, as sentences: an empty list when nothing is."""

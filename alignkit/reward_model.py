@@ -83,8 +83,6 @@ class Scorer(torch.nn.Module):
 class RewardModel(Reader):
     """A backbone (causal, encoder or encoder–decoder), the states of a response, and a head on them."""
 
-    critic = None  # as the supervised loop asks of a policy
-
     def __init__(self, model: Scorer, tokenizer: Any, compute: torch.dtype, reading: Reading) -> None:
         super().__init__(model, tokenizer, compute)
         self.reading, self.head = reading, reading.head

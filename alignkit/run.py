@@ -115,20 +115,20 @@ class Run:
 
     # ---- the loop's frame ----------------------------------------------------------------------------------
 
-    def optimizer(self, policy: Any, algo: Any, steps: int) -> torch.optim.Optimizer:
-        """Fused AdamW over what is trained, a group for the policy and one for a critic, with the state of the checkpoint
-        that is resumed."""
+    def optimizer(self, policy: Any, algo: Any, steps: int, fresh: bool = False) -> torch.optim.Optimizer:
+        """Fused AdamW over what is trained, a group for the model, a critic and what stands beside it, with the state of the
+        checkpoint that is resumed (unless ``fresh``)."""
         if algo.warmup >= steps:
             print(f"warning: algo.warmup={algo.warmup} is not shorter than the run ({steps} steps).", file=sys.stderr)
         groups = [
             {"params": [p for p in module.parameters() if p.requires_grad]}
-            for module in (policy.model, policy.critic)
+            for module in (policy.model, policy.critic, policy.beside)
             if module
         ]
         adamw = torch.optim.AdamW(
             groups, lr=algo.lr, betas=tuple(algo.betas), weight_decay=algo.weight_decay, fused=True
         )
-        if self.checkpoint:
+        if self.checkpoint and not fresh:
             adamw.load_state_dict(torch.load(self.checkpoint / "state" / "optimizer.pt", weights_only=True))
         return adamw
 
@@ -313,18 +313,33 @@ class Run:
             return True
         return False
 
-    def save(self, step: int, policy: Any, optimizer: torch.optim.Optimizer, algo_state: dict[str, Any]) -> None:
-        """Write ``checkpoint-{step}``: a plain model folder and ``state/``; keep the last few and the best."""
+    def save(
+        self,
+        step: int,
+        policy: Any,
+        optimizer: torch.optim.Optimizer,
+        algo_state: dict[str, Any],
+        tensors: dict[str, Any] | None = None,
+    ) -> None:
+        """Write ``checkpoint-{step}``: a plain model folder and ``state/``; keep the last few and the best.
+
+        Args:
+            tensors: what of the algorithm's state is no JSON: ``state/algo.pt``.
+        """
         target = self.dir / f"checkpoint-{step}"
         if target.exists():
             return
         state = self._state(step, algo_state)
-        with self._whole(target) as partial:
+        with self.folder(target) as partial:
             policy.save(partial)
             (partial / "state").mkdir()
             torch.save(optimizer.state_dict(), partial / "state" / "optimizer.pt")
             if policy.critic is not None:
                 save_model(policy.critic, str(partial / "state" / "critic.safetensors"))
+            if policy.beside is not None:
+                save_model(policy.beside, str(partial / "state" / "beside.safetensors"))
+            if tensors:
+                torch.save(tensors, partial / "state" / "algo.pt")
             (partial / "state" / "run.json").write_text(json.dumps(state), encoding="utf-8")
         self._prune()
 
@@ -364,7 +379,7 @@ class Run:
         }
 
     @contextmanager
-    def _whole(self, target: Path) -> Iterator[Path]:
+    def folder(self, target: Path) -> Iterator[Path]:
         """A folder to fill that is renamed to ``target`` when it is complete, so that ``target`` is whole or absent.
 
         Raises:
@@ -410,7 +425,7 @@ class Run:
                 )
             weights_of = int(self.best["step"])
         after = held_out.test(policy, "after")
-        with self._whole(self.dir / "final") as folder:
+        with self.folder(self.dir / "final") as folder:
             policy.export(folder)
             result = self._result(steps, after, hash_weights(folder)) | {"training": self._training_of(weights_of)}
             (folder / "README.md").write_text(model_card(self.cfg, result), encoding="utf-8")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,24 +25,49 @@ class Piece(NamedTuple):
     where: Tensor  # (n,) int64 positions in the flattened (B, T)
     logits: Tensor | None  # (n, V)
     hidden: Tensor | None  # (n, H) what the head reads
+    states: tuple[Tensor, ...] = ()  # (n, H) of each layer asked for
+
+
+@dataclass
+class Seen:
+    """What a model made of a batch's rows: for distillation, which compares a student's with its teacher's."""
+
+    logits: Tensor  # (n, V) at each position that counts, in the order of the flattened mask
+    states: dict[int, Tensor]  # layer, the embeddings being 0 → (B, W, d), 0 where ``where`` is false
+    where: Tensor  # (B, W) bool: the tokens whose states these are
+    first: bool  # whether the state of the first token stands for the row ([CLS]), or the mean of all
+
+    def summary(self, layer: int) -> Tensor:
+        """(B, d) of each row: the state of its [CLS], or the mean of its tokens' states."""
+        states = self.states[layer]
+        if self.first:
+            return states[:, 0]
+        return (states * self.where[..., None]).sum(1) / self.where.sum(1, keepdim=True).clamp(min=1)
 
 
 def teacher_forced(
-    model: Any, batch: Batch, start: list[int], *, logits: bool = True, hidden: bool = False
+    model: Any,
+    batch: Batch,
+    start: list[int],
+    *,
+    logits: bool = True,
+    hidden: bool = False,
+    layers: Sequence[int] = (),
 ) -> Iterator[Piece]:
-    """Every response token of the batch once, with the logits or last hidden states *before* it.
+    """Every response token of the batch once, with the logits or hidden states *before* it.
 
     A prompt is read once, however many responses its group has; responses are computed in parts of similar length;
     the head sees only positions that precede a token that counts.
 
     Args:
         start: decoder prefix of an encoder–decoder model; empty for a causal one.
+        layers: whose states are wanted (of the decoder, where there is one); 0: the embeddings.
     """
     first = batch.group_starts()
     owner = torch.unique_consecutive(batch.group, return_inverse=True)[1]
     prompt_ids, prompt_mask = batch.prompt_ids[first], batch.prompt_mask[first]
     lengths = batch.lengths.tolist()
-    with _head(model, logits, hidden) as head:
+    with _head(model, logits, hidden, layers) as head:
         if start:
             encoded = model.get_encoder()(input_ids=prompt_ids, attention_mask=prompt_mask.long()).last_hidden_state
             prefix = torch.tensor(start, device=encoded.device)
@@ -76,7 +102,7 @@ def teacher_forced(
         else:
             cache = DynamicCache()
             mask = prompt_mask.long()
-            layers: Any = cache.layers
+            held: Any = cache.layers
             every = torch.arange(len(batch), device=mask.device)
             yield head.run(
                 lambda h: h[:, -1][owner],
@@ -98,7 +124,7 @@ def teacher_forced(
                     where=_flat(rows, wanted, batch) + 1,
                     input_ids=batch.response_ids[rows, : width - 1],
                     attention_mask=torch.cat([seen, batch.mask[rows, : width - 1].long()], dim=1),
-                    **{cache_name(model): DynamicCache([(kv.keys[of], kv.values[of]) for kv in layers])},
+                    **{cache_name(model): DynamicCache([(kv.keys[of], kv.values[of]) for kv in held])},
                     use_cache=True,
                     **_places(model, place),
                 )
@@ -107,8 +133,8 @@ def teacher_forced(
 class _Head:
     """Runs a model whose head is made to see the picked positions only."""
 
-    def __init__(self, model: Any, logits: bool, hidden: bool) -> None:
-        self.model, self.logits, self.hidden = model, logits, hidden
+    def __init__(self, model: Any, logits: bool, hidden: bool, layers: Sequence[int]) -> None:
+        self.model, self.logits, self.hidden, self.layers = model, logits, hidden, layers
         self.pick: Any = None
         self.picked: Tensor | None = None
 
@@ -120,13 +146,17 @@ class _Head:
 
     def run(self, pick: Any, where: Tensor, **inputs: Any) -> Piece:
         self.pick = pick
-        out = self.model(**inputs)
-        return Piece(where, out.logits[0] if self.logits else None, self.picked if self.hidden else None)
+        out = self.model(**inputs, **({"output_hidden_states": True} if self.layers else {}))
+        states: tuple[Tensor, ...] = ()
+        if self.layers:
+            every = out.decoder_hidden_states if "encoder_outputs" in inputs else out.hidden_states
+            states = tuple(pick(every[layer]) for layer in self.layers)
+        return Piece(where, out.logits[0] if self.logits else None, self.picked if self.hidden else None, states)
 
 
 @contextmanager
-def _head(model: Any, logits: bool, hidden: bool) -> Iterator[_Head]:
-    head = _Head(model, logits, hidden)
+def _head(model: Any, logits: bool, hidden: bool, layers: Sequence[int]) -> Iterator[_Head]:
+    head = _Head(model, logits, hidden, layers)
     hook = model.get_output_embeddings().register_forward_pre_hook(head.before)
     try:
         yield head

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from alignkit import policy
 from alignkit.batch import Batch, Loss
+from alignkit.config import Model
 from alignkit.data import Row
 from alignkit.errors import need, need_adamw
 from alignkit.run import Run
@@ -33,6 +37,10 @@ class Fit:
         need(self, "batch_size >= 1", "micro_tokens >= 1", "steps >= 1", "epochs > 0")
         need_adamw(self)
 
+    def steps_over(self, rows: int) -> int:
+        """Optimizer steps on a data set of so many rows."""
+        return self.steps or math.ceil(self.epochs * rows / self.batch_size)
+
     def prepare(self, rows: list[Row], sides: tuple[str, ...]) -> list[Row]:
         """The training rows, once, before a model is loaded: refuse them, warn of them, add what a row's loss needs.
 
@@ -43,6 +51,10 @@ class Fit:
             UserError: the method cannot learn from such rows.
         """
         return rows
+
+    def build(self, cfg: Model, seed: int, texts: list[str], checkpoint: Path | None) -> Any:
+        """The model that is trained, with the weights of ``checkpoint`` where a run goes on."""
+        return policy.load(cfg, seed, texts, checkpoint)
 
     def survey(self, policy: Any, rows: list[Row], run: Run, texts: list[str]) -> None:
         """Look at the training rows once, before the first step of every start; ``texts`` as for ``policy.load``."""

@@ -210,6 +210,9 @@ LABELS = {
     "exact_match": "exact match %",
     "length_ratio": "length ratio",
     "reward": "reward",
+    "accuracy": "accuracy %",
+    "label_nll": "NLL of the label, nats",
+    "agreement": "says what the teacher says %",
     "preference_accuracy": "pairs ranked right %",
     "first_exact_match": "first answer: exact match %",
     "first_reward": "first answer: reward",
@@ -234,6 +237,8 @@ MEASURED = (  # of an entry of the outputs: a number a row, whose mean is report
     "reward", "preference_accuracy", "first_exact_match", "first_reward", "parse_failed", "tokens", "characters",
 )  # fmt: skip
 PER_CENT = {
+    "accuracy",
+    "agreement",
     "first_exact_match",
     "parse_failed",
     "bleu",

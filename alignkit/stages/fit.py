@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +26,13 @@ def fit(
 
     The algorithm brings batch_size, steps or epochs, lr, warmup, schedule, max_grad_norm and micro_tokens.
     """
-    steps = algo.steps or math.ceil(algo.epochs * len(rows) / algo.batch_size)
+    steps = algo.steps_over(len(rows))
     run.ended_by = "algo.steps" if algo.steps else "algo.epochs"
     algo.survey(policy, rows, run, texts)
     optimizer = run.optimizer(policy, algo, steps)
-    if not run.checkpoint and run.cfg.model.path:  # what is built from scratch has nothing to show yet
+    if run.checkpoint:
+        algo.load_state(run.state["algo"])
+    elif run.cfg.model.path:  # what is built from scratch has nothing to show yet
         run.begin(policy, optimizer, algo, held_out)
     with run.training(steps):
         for step in range(run.first_step, steps):
@@ -43,7 +44,12 @@ def fit(
                 with torch.no_grad():
                     parts = algo.whole(policy, batch, run.generator(step, "whole")).split(algo.micro_tokens)
                 metrics = run.update(
-                    optimizer, lambda part: algo.loss(policy, part), parts, algo.max_grad_norm, step, [rate]
+                    optimizer,
+                    lambda part: algo.loss(policy, part),
+                    parts,
+                    algo.max_grad_norm,
+                    step,
+                    [rate] * len(optimizer.param_groups),
                 )
                 run.count("tokens/trained", float(batch.mask.sum()))
             policy.model.eval()
