@@ -62,6 +62,8 @@ class Model:
     path: str | None = None  # hub id, local folder, run directory, or bundled:NAME
     kind: str = "auto"  # auto | causal | seq2seq | encoder (a reward model alone)
     config: Any = None  # transformers settings of a model built from scratch; model_type is required
+    layers: int | None = None  # of a model loaded from path: keep so many of its layers; null: all
+    layers_from: str = "skip"  # which: skip (evenly spread: every k-th) | first
     tokenizer: str | None = None  # id, folder or bundled:NAME; null: the model's own, or one trained on the data
     vocab_size: int = 2000  # of a tokenizer trained on the data
     dtype: str = "float32"  # of the weights
@@ -294,8 +296,15 @@ def check(cfg: DictConfig) -> None:
                 wrong.append(f"{node}: the {stage} stage needs one; choose it with {node}=NAME (see `alignkit list`).")
     if cfg.model.path is None and cfg.model.config is None:
         wrong.append("model.path: must be given (an id, a folder, a run), or model.config for one built from scratch.")
+    if cfg.model.layers is not None and cfg.model.layers < 1:
+        wrong.append("model.layers: must be at least 1, or null for all.")
+    elif cfg.model.layers is not None and cfg.model.path is None:
+        wrong.append(
+            "model.layers: keeps layers of a model that is loaded; give model.path, or the number in model.config."
+        )
     for name, allowed in (
         ("model.kind", ("auto", "causal", "seq2seq", "encoder")),
+        ("model.layers_from", ("skip", "first")),
         ("evaluate.decode", ("greedy", "beam", "sample")),
         ("evaluate.protocol", ("plain", "first", "refine", "rerank")),
         ("evaluate.final", ("best", "last")),

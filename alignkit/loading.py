@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def read(
         model, tokenizer = _pretrained(str(checkpoint), cfg, dtype, auto, ())
     elif cfg.path:
         model, tokenizer = _pretrained(resolve(cfg.path), cfg, dtype, auto, fresh)
+        model = model if cfg.layers is None else _with_layers(model, cfg, dtype, auto)
     elif cfg.config:
         model, tokenizer = _from_scratch(cfg, texts, seed, auto)
         model = model.to(dtype)
@@ -158,6 +160,73 @@ def _pretrained(path: str, cfg: Model, dtype: torch.dtype, auto: Auto, fresh: tu
     if missing:
         raise UserError(f"model.path={path}: the weights lack {', '.join(missing[:3])}.")
     return model, tokenizer
+
+
+def _with_layers(model: Any, cfg: Model, dtype: torch.dtype, auto: Auto) -> Any:
+    """A model of ``cfg.layers`` of the layers of ``model``, of each stack where it has two; all else is kept.
+
+    Layer j of N, counted from 1, is the loaded layer j · L / N (``skip``, as in PKD, arXiv 1908.09355) or j (``first``).
+
+    Raises:
+        UserError: more layers than there are, a number that does not divide theirs, layers that differ in kind.
+    """
+    settings, keep = model.config.to_dict(), cfg.layers
+    assert keep is not None
+    counts = {k: settings[k] for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers",
+                                       "decoder_layers", "num_decoder_layers") if k in settings}  # fmt: skip
+    stacks = [  # (path of the list of layers, the loaded layers that are kept, counted from 0)
+        (path, _chosen(len(module), cfg))
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) in counts.values() and not re.search(r"\.\d", path)
+    ]
+    if not stacks:
+        raise UserError(
+            f"model.layers={keep}: {cfg.path} is a {model.config.model_type} model, whose layers cannot be told apart. Leave it null."
+        )
+    for key, value in settings.items():  # per layer, as layer_types
+        if "layer" in key and isinstance(value, list) and len(value) in counts.values():
+            settings[key] = [value[i] for i in _chosen(len(value), cfg)]
+    weights = {}
+    for name, weight in model.state_dict().items():
+        path, chosen = next(((p, c) for p, c in stacks if name.startswith(f"{p}.")), ("", []))
+        if not path:
+            weights[name] = weight
+            continue
+        index, _, rest = name.removeprefix(f"{path}.").partition(".")
+        if int(index) in chosen:
+            weights[f"{path}.{chosen.index(int(index))}.{rest}"] = weight
+        elif index == "0" and "relative_attention_bias" in rest:  # T5's first layer has it for all
+            weights.setdefault(name, weight)
+    try:
+        config = type(model.config).from_dict({**settings, **dict.fromkeys(counts, keep)})
+        small = auto(config).from_config(config, dtype=dtype)
+        small.load_state_dict(weights, assign=True)
+    except (RuntimeError, ValueError, AssertionError, StrictDataclassError) as e:
+        raise UserError(
+            f"model.layers={keep}: layers of {cfg.path} differ in kind, and what is left is no {model.config.model_type} "
+            f"model ({' '.join(str(e).split())[:200]}). Try model.layers_from={'first' if cfg.layers_from == 'skip' else 'skip'}."
+        ) from None
+    small.tie_weights()  # weights that were one are one again
+    if hasattr(model, "generation_config"):
+        small.generation_config = model.generation_config
+    return small
+
+
+def _chosen(layers: int, cfg: Model) -> list[int]:
+    """The layers, counted from 0, that are kept of so many."""
+    keep = cfg.layers
+    assert keep is not None
+    if keep > layers:
+        raise UserError(f"model.layers={keep}: {cfg.path} has {layers} layers. Give at most so many.")
+    if cfg.layers_from == "first":
+        return list(range(keep))
+    if layers % keep:
+        fitting = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
+        raise UserError(
+            f"model.layers={keep}: the {layers} layers of {cfg.path} cannot be spread evenly over {keep}. Give one of {fitting}, "
+            f"or take the first ones with model.layers_from=first."
+        )
+    return [(j + 1) * layers // keep - 1 for j in range(keep)]
 
 
 def read_tokenizer(path: str) -> Any:
