@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pytest
 from running import SMALL_RUN
 
 from alignkit import classifier
 from alignkit.classifier import Classifier
 from alignkit.config import Model
+from alignkit.run import Run
 
 NOUNS = {"bread": "food", "soup": "food", "horse": "animal", "snail": "animal", "harbour": "place", "kitchen": "place"}
 WORDS = ["old", "red", "very small", "loud", "a", "the good", "my own long", "one"]
@@ -78,3 +82,15 @@ TINY = {
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
     "hidden_dropout_prob", "attention_probs_dropout_prob",
 }  # fmt: skip
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, with_: int = signal.SIGTERM) -> None:
+    """Send this process a signal once ``step`` steps are done, as a scheduler or a user would."""
+    log = Run.log
+
+    def logged(self: Run, done: int, metrics: dict[str, float]) -> None:
+        log(self, done, metrics)
+        if done == step:
+            os.kill(os.getpid(), with_)
+
+    monkeypatch.setattr(Run, "log", logged)
