@@ -421,3 +421,10 @@ def test_a_held_out_label_that_is_not_in_the_training_rows(refused: Any, tmp_pat
 )  # fmt: skip
 def test_values_out_of_range(refused: Any, word: str, message: str) -> None:
     refused(message, word)
+
+
+def test_arms_have_the_teachers_tokens_even_where_labels_alone_teach(tmp_path: Path, teacher: str) -> None:
+    """A student from scratch whose tokenizer was trained on its few rows would be another model than those it stands beside."""
+    words = [*words_of(tmp_path / "d", teacher), *LAST]
+    found = [train(tmp_path, f"+algo={name}", *words)[1] / "final" / "tokenizer.json" for name in ("finetune", "kd")]
+    assert found[0].read_text() == found[1].read_text()
