@@ -85,8 +85,9 @@ class Distill(Fit):
     def build(self, cfg: Model, seed: int, texts: list[str], checkpoint: Path | None) -> Any:
         """The student; with it the teacher is loaded, and maps where their widths differ."""
         teacher = self._read_teacher(cfg)
-        if self.teacher is not None and cfg.config and not cfg.tokenizer:  # also where labels alone teach: arms differ in
-            cfg = replace(cfg, tokenizer=self._of_teacher(lambda: resolve(str(self.teacher))))  # nothing but their losses
+        if self.teacher is not None and cfg.config and not cfg.tokenizer:
+            # also where the labels alone teach: students that are compared differ in nothing but their losses
+            cfg = replace(cfg, tokenizer=self._of_teacher(lambda: resolve(str(self.teacher))))
         student: Any
         if self.task == "classify":
             student = classifier.load(cfg, seed, texts, self._labels, checkpoint, self.max_tokens)
