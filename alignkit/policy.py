@@ -91,7 +91,7 @@ class Policy(Reader):
             rows=[rows[i] for i in owner.tolist()],
             responses=self.decode_text(out.ids, out.mask),
             logprobs=out.logprobs,
-            extra={"ended": self._ended(out.ids, out.mask)}
+            extra={"ended": self.ended(out.ids, out.mask)}
             | {name: x for name, x in (("entropy", out.entropy), ("top", out.top)) if x is not None},
         )
 
