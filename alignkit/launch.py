@@ -31,6 +31,9 @@ EVALUATES = (
 )  # stages that learn nothing: no training rows are read, and they are done again
 
 
+INPUTS = ("model.path", "algo.critic.model", "algo.teacher", "algo.selector")  # folders of models and runs
+
+
 def launch(cfg: DictConfig) -> dict[str, Any]:
     """Run one configuration; returns what ``result.json`` holds.
 
@@ -155,7 +158,7 @@ def fingerprint(
             file = None if target.startswith("alignkit.") else file_of(target)
             if file is not None:
                 found[path] = hashlib.sha256(file.read_bytes()).hexdigest()
-    if cfg.stage == "refine":
+    if cfg.stage in ("refine", "distill", "select"):
         found |= _inputs(cfg)
     for name in ("reward", "audit"):
         for path, folder in _models(OmegaConf.to_container(cfg[name], resolve=True), name):
@@ -164,13 +167,13 @@ def fingerprint(
 
 
 def _inputs(cfg: DictConfig) -> dict[str, str]:
-    """What a data set is made of besides its rows: the model, and files and models that the method and its critic name."""
+    """What a data set or a student is made of besides its rows: the model, and files, models and runs that the method names."""
     nodes: Any = OmegaConf.to_container(cfg.algo, resolve=True)
     found = {}
     for path, value in _leaves({"model": {"path": cfg.model.path}, "algo": nodes}):
         if path.endswith((".not_in", ".donors")) and value:
             found[path] = hash_source(value)
-        elif path in ("model.path", "algo.critic.model") and value and Path(value).expanduser().is_dir():
+        elif path in INPUTS and value and Path(value).expanduser().is_dir():
             found[path] = _hash_folder(Path(value).expanduser())
     return found
 

@@ -64,6 +64,7 @@ class Run:
         self.seed: int = cfg.seed
         self.ledger: dict[str, float] = {}
         self.resumes = 0
+        self.added: dict[str, Any] = {}  # what the stage adds to result.json
         self.best: dict[str, float] | None = None  # {"step": …, "value": …} on dev
         self.before: dict[str, Any] | None = None  # evaluation before training
         self.state: dict[str, Any] = {}  # of the checkpoint that is resumed
@@ -465,6 +466,7 @@ class Run:
             "peak_mb": _under(self.ledger, "peak_mb/"),
             "resumes": self.resumes,
             "directory": str(self.dir),
+            **self.added,
         }
 
     def _latest(self) -> Path | None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from compare_rm import T95
 
+from alignkit import plots
 from alignkit.algos._distill import KNOWLEDGE
 from alignkit.algos.constant_grid import ConstantGrid
 
@@ -42,7 +43,6 @@ SELECTING = {
     "ksm, hard": ["+algo=ksm", "algo.action=hard"],
     "ksm, no exploration": ["+algo=ksm", "algo.exploration=0"],
     "ksm, reward at every step": ["+algo=ksm", "algo.phases={steps}", "algo.updates=3"],
-    "ksm, credit uniform": ["+algo=ksm", "algo.credit=uniform"],
 }
 ONLY_SELECT = ("algo.phases", "algo.reward_rows")
 
@@ -69,9 +69,7 @@ def main() -> None:
             now = found[arm][-1]["metrics"][args.metric]
             print(f"seed {seed}, {arm}: {args.metric} {now:.2f}", file=sys.stderr, flush=True)
     print(table(found, args.metric))
-    out = Path(args.root)
-    trajectories({arm: runs for arm, runs in found.items() if "weights" in runs[0]}, out / "trajectories.svg")
-    envelope({arm: runs for arm, runs in found.items() if "episodes" in runs[0]}, out / "envelope.svg")
+    plot(found, Path(args.root))
 
 
 def one(arm: str, seed: int, common: list[str], args: argparse.Namespace, grid: str) -> dict[str, Any]:
@@ -165,59 +163,29 @@ def decided(values: list[float]) -> bool:
     return len(values) > 1 and abs(statistics.mean(values)) > half(values)
 
 
-def trajectories(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """How much each kind of knowledge counted over the reported training, mean over seeds, of the arms that select."""
-    moving = {arm: runs for arm, runs in found.items() if arm in SELECTING}
-    if not moving:
-        return
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, len(moving), figsize=(3 * len(moving), 2.6), sharey=True, squeeze=False)
-    for axis, (arm, runs) in zip(axes[0], moving.items(), strict=True):
-        for k, name in enumerate(KNOWLEDGE):
-            curves = [[step[k] for step in r["weights"]] for r in runs]
-            mean = [statistics.mean(x) for x in zip(*curves, strict=True)]
-            axis.plot([(i + 1) / len(mean) for i in range(len(mean))], mean, label=name)
-        axis.set_title(arm, fontsize=9)
-        axis.set_xlabel("share of training")
-    axes[0][0].set_ylabel("weight")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(file)
-
-
-def envelope(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Held-out loss over an episode: of each point of the grid, their lowest at each phase, and KSM's last five episodes."""
+def plot(found: dict[str, list[dict[str, Any]]], out: Path) -> None:
+    """trajectories.svg and envelope.svg: means over seeds."""
+    selecting = {arm: runs for arm, runs in found.items() if arm in SELECTING}
+    panels = {}
+    for arm, runs in selecting.items():
+        steps = zip(*(r["weights"] for r in runs), strict=True)
+        panels[arm] = [[statistics.mean(w) for w in zip(*step, strict=True)] for step in steps]
+    if panels:
+        plots.trajectories(panels, KNOWLEDGE, out / "trajectories.svg")
     if "constant_grid" not in found:
         return
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(5, 3.2))
-    runs = found["constant_grid"]
-    points = [
-        [statistics.mean(x) for x in zip(*(r["episodes"][i]["losses"] for r in runs), strict=True)]
-        for i in range(len(runs[0]["episodes"]))
-    ]
-    phases = range(1, len(points[0]) + 1)
-    for i, point in enumerate(points):
-        axis.plot(phases, point, color="0.8", linewidth=0.8, label="grid points" if not i else None)
-    axis.plot(phases, [min(x) for x in zip(*points, strict=True)], color="black", label="grid: lowest at each phase")
-    for arm, own in found.items():
-        if arm != "constant_grid" and len(own[0]["episodes"][0]["losses"]) == len(phases):
-            curves = [one["losses"] for r in own for one in r["episodes"][-5:]]
-            axis.plot(phases, [statistics.mean(x) for x in zip(*curves, strict=True)], label=arm)
-    axis.set_xlabel("phase of an episode")
-    axis.set_ylabel("loss on reward rows")
-    axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(file)
+    grid = found["constant_grid"]
+    points = [_mean([r["episodes"][i]["losses"] for r in grid]) for i in range(len(grid[0]["episodes"]))]
+    lines = {
+        f"{arm}, last 3 episodes": _mean([one["losses"] for r in runs for one in r["episodes"][-3:]])
+        for arm, runs in selecting.items()
+        if arm != "constant_grid" and len(runs[0]["episodes"][0]["losses"]) == len(points[0])
+    }
+    plots.losses(points, lines, out / "envelope.svg")
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
+def _mean(curves: list[list[float]]) -> list[float]:
+    return [statistics.mean(x) for x in zip(*curves, strict=True)]
 
 
 if __name__ == "__main__":
