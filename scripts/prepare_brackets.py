@@ -4,8 +4,9 @@
 
 A text is 8 to 40 words: brackets of four kinds, well nested but not all of them closed, among 24 letters that mean
 nothing: ``a ( b [ ] ( c``. Its label is the kind of the innermost bracket that is open at its end, the one that would
-have to be closed first (here ``round``). The last opening bracket often tells it, but not when it was closed again, so
-a model has to match brackets. The four labels have a quarter of every split; no text occurs twice, in one split or in two.
+have to be closed first (here ``round``). The last opening bracket is the answer in 74 % of the texts, the last of a kind
+that is opened more often than closed in 90 %; to know more, brackets have to be matched. The four labels have a quarter
+of every split; no text occurs twice, in one split or in two.
 
 Of ``train`` 10 % of the labels, drawn one by one, are wrong, each of the other three as often; ``clean`` is the right
 one, for analysis. ``dev`` and ``test`` are right.
