@@ -395,7 +395,7 @@ def check(cfg: DictConfig) -> None:
             f"evaluate.select: in stage {stage} one of {', '.join(measured)} picks the best; is '{cfg.evaluate.select}'."
         )
     if stage == "distill" and method:
-        classifies = method.get("task", "classify") == "classify"
+        classifies = task_of(method) == "classify"
         if classifies != (cfg.evaluate.select == "accuracy"):
             wrong.append(
                 f"evaluate.select: of algo.task={'classify' if classifies else 'write'} "
@@ -427,6 +427,15 @@ def check(cfg: DictConfig) -> None:
         )
     if wrong:
         raise UserError("the configuration cannot be run:\n" + "\n".join(f"  - {line}" for line in wrong))
+
+
+def task_of(method: Any) -> str:
+    """What a distillation method trains: ``classify`` or ``write``, by its settings or its class's default."""
+    try:
+        default = (settings_of(method["_target_"]) or {})["task"].default
+        return str(method.get("task") or ast.literal_eval(str(default)))
+    except (ImportError, AttributeError, SyntaxError, ValueError, KeyError, TypeError):
+        return "classify"  # `_walk` says what is wrong
 
 
 def _without_schedules(algo: dict[str, Any], wrong: list[str]) -> dict[str, Any]:
