@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from alignkit import policy
 from alignkit.batch import Batch, Loss
+from alignkit.config import Model
 from alignkit.data import Row
 from alignkit.errors import need, need_adamw
 from alignkit.run import Run
@@ -32,6 +35,10 @@ class Fit:
     def __post_init__(self) -> None:
         need(self, "batch_size >= 1", "micro_tokens >= 1", "steps >= 1", "epochs > 0")
         need_adamw(self)
+
+    def build(self, cfg: Model, seed: int, texts: list[str], checkpoint: Path | None) -> Any:
+        """The model that is trained; the arguments are those of ``policy.load``."""
+        return policy.load(cfg, seed, texts, checkpoint)
 
     def prepare(self, rows: list[Row], sides: tuple[str, ...]) -> list[Row]:
         """The training rows, once, before a model is loaded: refuse them, warn of them, add what a row's loss needs.
