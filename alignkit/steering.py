@@ -356,8 +356,8 @@ def _same_vocabulary(base: Policy, other: Policy, name: str, of: str) -> None:
     odd = min(one.items() ^ two.items(), key=lambda item: (item[1], item[0]))
     raise UserError(
         f"{name} and {of} have different vocabularies ({len(one)} and {len(two)} tokens; the first that differs: "
-        f"{odd[0]!r}, {odd[1]}), so their logits cannot be added. Take models with one tokenizer, or give model.steer.map, which "
-        f"scripts/map_vocabulary.py makes."
+        f"{odd[0]!r}, {odd[1]}), so their logits cannot be added. Take models with one tokenizer; a trained value model may have "
+        f"another one with model.steer.map, which scripts/map_vocabulary.py makes."
     )
 
 
