@@ -85,11 +85,20 @@ class Classifier(Reader):
         last = ids[-1:] if ids[-1] in self.tokenizer.all_special_ids else []
         return ids[: self.limit - len(last)] + last
 
-    def _index(self, row: Row) -> int:
+    def know_labels(self, rows: list[Row], split: str) -> None:
+        """Raise the error of ``demonstrations`` before any of these rows is read.
+
+        Args:
+            split: whose rows they are, for the message.
+        """
+        for row in rows:
+            self._index(row, f"{split} ")
+
+    def _index(self, row: Row, split: str = "") -> int:
         label = row["response"]
         if label not in self.labels:
             raise UserError(
-                f"row {row['id']}: the response {label!r} is none of the model's {len(self.labels)} labels."
+                f"{split}row {row['id']}: the response {label!r} is none of the model's {len(self.labels)} labels."
                 f"{suggest(str(label), self.labels)} Labels are the different responses of the training rows (data.response)."
             )
         return self.labels.index(label)

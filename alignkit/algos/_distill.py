@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -88,8 +89,8 @@ class Distill(Fit):
     def build(self, cfg: Model, seed: int, texts: list[str], checkpoint: Path | None) -> Any:
         """The student; with it the teacher is loaded, and maps where their widths differ."""
         teacher = self._read_teacher(cfg)
-        if teacher is not None and cfg.config and not cfg.tokenizer:
-            cfg = replace(cfg, tokenizer=resolve(str(self.teacher)))
+        if self.teacher is not None and cfg.config and not cfg.tokenizer:  # also where labels alone teach: arms differ in
+            cfg = replace(cfg, tokenizer=self._of_teacher(lambda: resolve(str(self.teacher))))  # nothing but their losses
         student: Any
         if self.task == "classify":
             student = classifier.load(cfg, seed, texts, self._labels, checkpoint, self.max_tokens)
@@ -105,10 +106,13 @@ class Distill(Fit):
         if self.teacher is None or not any(self.taught[1:]):
             return None
         how = Model(path=self.teacher, device=cfg.device, compute=cfg.compute)
+        if self.task == "classify":
+            return self._of_teacher(lambda: classifier.load(how, 0, max_tokens=self.max_tokens))
+        return self._of_teacher(lambda: policy.load(how, 0))
+
+    def _of_teacher(self, load: Callable[[], Any]) -> Any:
         try:
-            if self.task == "classify":
-                return classifier.load(how, 0, max_tokens=self.max_tokens)
-            return policy.load(how, 0)
+            return load()
         except UserError as e:
             raise UserError(str(e).replace("model.path=", "algo.teacher=", 1)) from None
 

@@ -26,6 +26,8 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Distill, reward: Any) -> di
     if isinstance(student, Classifier):
         tell_cut(student, rows)
         held_out = HeldOutClasses(cfg.evaluate, data, run, algo.teacher_model)
+        for split, found in held_out.rows.items():  # now, not when all training is done
+            student.know_labels(found, split)
     else:
         held_out = HeldOut(cfg.evaluate, data, reward, run)
     run.added = {"selection": algo.spent()}

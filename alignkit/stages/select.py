@@ -33,6 +33,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Select, reward: Any) -> dic
     student = algo.build(model, cfg.seed, data.texts(), run.checkpoint)
     if isinstance(student, Classifier):
         tell_cut(student, rows)
+        student.know_labels(data.rows("dev"), "dev")
     begun = algo.build(model, cfg.seed, data.texts(), None) if run.checkpoint else student
     start = {name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in _trained(begun).items()}
     algo.survey(student, rows, run, data.texts())
