@@ -176,6 +176,7 @@ def _settings() -> str:
     parts = (
         ("model", "Model"),
         ("model.lora", "Lora"),
+        ("model.steer", "Steer"),
         ("evaluate", "Evaluate"),
         ("audit", "AuditSettings"),
         ("run", "RunSettings"),

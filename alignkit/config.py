@@ -56,6 +56,16 @@ class Lora:
 
 
 @dataclass
+class Steer:
+    """Of a model that decodes or is evaluated: what is added to its logits, scale * (value - minus)."""
+
+    value: str | None = None  # a value model (+algo=inverse_value), or an expert: run, folder or hub id; null: nothing
+    minus: str | None = None  # what the expert was trained from: proxy tuning
+    scale: float = 1.0
+    map: str | None = None  # between vocabularies: a file of scripts/map_vocabulary.py; null: they are the same
+
+
+@dataclass
 class Model:
     """The policy: loaded from ``path``, or built from ``config`` with a tokenizer trained on the data."""
 
@@ -71,6 +81,7 @@ class Model:
     device: str = "auto"  # auto | cpu | cuda | mps
     gradient_checkpointing: bool = False
     lora: Lora = field(default_factory=Lora)
+    steer: Steer = field(default_factory=Steer)
 
 
 @dataclass
@@ -86,6 +97,7 @@ class Evaluate:
     max_new_tokens: int = 64
     batch_size: int = 250
     every: int = 50  # steps between evaluations on dev; 0: never
+    nll: bool = False  # also report `nll`: nats a token of the held-out rows' own responses
     select: str = "bleu"  # dev metric that picks the best checkpoint: bleu | chrf | exact_match | length_ratio | reward | preference_accuracy | correlation | accuracy
     final: str = "best"  # best | last: which weights become final/
     test: bool = True  # evaluate the test split, before and after RL, after SFT
@@ -271,6 +283,7 @@ def schema_keys(prefix: str = "") -> list[str] | None:
         node = {
             "model": Model,
             "lora": Lora,
+            "steer": Steer,
             "evaluate": Evaluate,
             "audit": AuditSettings,
             "run": RunSettings,
@@ -395,7 +408,7 @@ def check(cfg: DictConfig) -> None:
             f"evaluate.select: in stage {stage} one of {', '.join(measured)} picks the best; is '{cfg.evaluate.select}'."
         )
     if stage == "distill" and method:
-        classifies = method.get("task", "classify") == "classify"
+        classifies = task_of(method) == "classify"
         if classifies != (cfg.evaluate.select == "accuracy"):
             wrong.append(
                 f"evaluate.select: of algo.task={'classify' if classifies else 'write'} "
@@ -412,6 +425,18 @@ def check(cfg: DictConfig) -> None:
         wrong.append(f"data.train: the {stage} stage learns from it; name a source.")
     if stage in ("rl", "pref") and cfg.model.lora.dropout:
         wrong.append(f"model.lora.dropout: has no effect in stage {stage}, which runs without dropout.")
+    steer = cfg.model.steer
+    if steer.value is None and (steer.minus is not None or steer.map is not None or steer.scale != Steer.scale):
+        wrong.append("model.steer.value: is null, so nothing is added; name a model for the other settings to matter.")
+    elif steer.value is not None and stage in SELECTS:
+        wrong.append(
+            f"model.steer: is for a model that decodes, and stage {stage} trains one. A value model is trained by "
+            f"+algo=inverse_value algo.base=MODEL."
+        )
+    elif steer.value is not None and stage not in ("evaluate", "refine"):
+        wrong.append(f"model.steer: has no effect in stage {stage}.")
+    if cfg.evaluate.nll and (stage == "rm" or stage not in (*SELECTS, "evaluate")):
+        wrong.append(f"evaluate.nll: has no effect in stage {stage}, which measures no texts.")
     if stage in ("rm", "evaluate_rm") and cfg.evaluate.decode != "greedy":
         wrong.append(f"evaluate.decode: has no effect in stage {stage}, which decodes nothing.")
     if stage == "pref" and cfg.data and not any(cfg.data.get(k) for k in ("chosen", "desirable", "pairing")):
@@ -427,6 +452,15 @@ def check(cfg: DictConfig) -> None:
         )
     if wrong:
         raise UserError("the configuration cannot be run:\n" + "\n".join(f"  - {line}" for line in wrong))
+
+
+def task_of(method: Any) -> str:
+    """What a distillation method trains: ``classify`` or ``write``, by its settings or its class's default."""
+    try:
+        default = (settings_of(method["_target_"]) or {})["task"].default
+        return str(method.get("task") or ast.literal_eval(str(default)))
+    except (ImportError, AttributeError, SyntaxError, ValueError, KeyError, TypeError):
+        return "classify"  # `_walk` says what is wrong
 
 
 def _without_schedules(algo: dict[str, Any], wrong: list[str]) -> dict[str, Any]:

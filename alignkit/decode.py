@@ -6,7 +6,7 @@ import inspect
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,37 +48,31 @@ class Decoded:
 
 @torch.no_grad()
 def decode(
-    model: Any,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
+    state: State,
     counts: Tensor,
     how: Decode,
     *,
     eos: list[int],
     pad: int,
-    start: list[int],
     temperature: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Decoded:
     """Draw ``counts[i]`` responses to prompt i: R = counts.sum() rows, those of one prompt adjacent.
 
     Args:
-        prompt_ids: (B, P); left-padded for a causal model, right-padded for an encoder.
+        state: what ``begin`` gives for the B prompts; it is used up.
         counts: (B,) int64, may be ragged.
-        start: decoder prefix of an encoder–decoder model (not returned); empty for a causal one.
         temperature: (B,) per prompt; None: 1.
         generator: one uniform number per row and step is drawn up front, so the result does not depend on
             which rows have finished.
     """
-    device, steps = prompt_ids.device, how.max_new_tokens
+    device, steps = counts.device, how.max_new_tokens
     rows = int(counts.sum())
     owner = torch.arange(len(counts), device=device).repeat_interleave(counts)
     uniform = None if how.greedy else torch.rand(rows, steps, generator=generator).to(device)
     tau = None if temperature is None or bool((temperature == 1).all()) else temperature.to(device)[owner, None]
 
-    state = _Encoded(model, prompt_ids, prompt_mask, start) if start else _Prompted(model, prompt_ids, prompt_mask)
-    length = (len(start) or prompt_ids.shape[1]) + steps - 1  # the last token is not read again
-    _write_in_place(state.cache, length, torch.float32 if wide_attention(model) else None)
+    state.expect(steps)
     logits = state.first()[owner]
     state.select(owner)
 
@@ -280,7 +274,33 @@ def _write_in_place(cache: Any, length: int | None, dtype: torch.dtype | None) -
             cache.layers[i] = _InPlace(length, layer.sliding_window, dtype)
 
 
-class _Prompted:
+class State(Protocol):
+    """One or several models in the middle of decoding: R rows, each with all that has been read of it."""
+
+    def expect(self, steps: int) -> None:
+        """Before anything is read: so many tokens will be drawn at most; without it caches let gradients through."""
+
+    def first(self) -> Tensor:
+        """Read the prompts; logits (B, V) of the first token."""
+
+    def select(self, keep: Tensor) -> None:
+        """Go on with these rows, in this order; a row may come several times."""
+
+    def next(self, token: Tensor) -> Tensor:
+        """Read a token (R,) of each row; logits (R, V) of what follows."""
+
+
+def begin(model: Any, ids: Tensor, mask: Tensor, start: list[int]) -> State:
+    """A model about to decode.
+
+    Args:
+        ids: (B, P); left-padded for a causal model, right-padded for an encoder.
+        start: decoder prefix of an encoder–decoder model (not returned); empty for a causal one.
+    """
+    return Encoded(model, ids, mask, start) if start else Prompted(model, ids, mask)
+
+
+class Prompted:
     """A causal model in the middle of decoding: its cache, attention mask and positions."""
 
     def __init__(self, model: Any, ids: Tensor, mask: Tensor) -> None:
@@ -289,23 +309,34 @@ class _Prompted:
         self.kwargs = {cache_name(model): self.cache, "use_cache": True}
         self.places = takes(model, "position_ids")
 
+    def expect(self, steps: int) -> None:
+        _write_in_place(self.cache, self.mask.shape[1] + steps - 1, _held(self.model))  # the last is not read again
+
     def first(self) -> Tensor:
+        return self.read(input_ids=self.ids, logits_to_keep=1)[:, -1]
+
+    def read(self, **inputs: Any) -> Tensor:
+        """Logits of the prompts, which come as ``input_ids`` (B, P) or ``inputs_embeds`` (B, P, H)."""
         place = {"position_ids": positions(self.mask)} if self.places else {}
-        out = self.model(input_ids=self.ids, attention_mask=self.mask, logits_to_keep=1, **self.kwargs, **place)
-        return out.logits[:, -1]
+        logits: Tensor = self.model(attention_mask=self.mask, **inputs, **self.kwargs, **place).logits
+        return logits
 
     def select(self, keep: Any) -> None:
         self.cache.reorder_cache(keep)
         self.mask = self.mask[keep]
 
     def next(self, token: Tensor) -> Tensor:
+        return self.go_on(input_ids=token[:, None])
+
+    def go_on(self, **inputs: Any) -> Tensor:
+        """Logits (R, V) behind one more position, which comes as ``input_ids`` (R, 1) or ``inputs_embeds`` (R, 1, H)."""
         place = {"position_ids": self.mask.sum(1, keepdim=True)} if self.places else {}
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
-        out = self.model(input_ids=token[:, None], attention_mask=self.mask, **self.kwargs, **place)
-        return out.logits[:, -1]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        logits: Tensor = self.model(attention_mask=self.mask, **inputs, **self.kwargs, **place).logits
+        return logits[:, -1]
 
 
-class _Encoded:
+class Encoded:
     """An encoder–decoder model in the middle of decoding: encoder states and both halves of its cache."""
 
     def __init__(self, model: Any, ids: Tensor, mask: Tensor, start: list[int]) -> None:
@@ -314,6 +345,9 @@ class _Encoded:
         self.start = torch.tensor([start], device=ids.device).expand(len(ids), -1)
         self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         self.kwargs = {cache_name(model): self.cache, "use_cache": True}
+
+    def expect(self, steps: int) -> None:
+        _write_in_place(self.cache, self.start.shape[1] + steps - 1, _held(self.model))
 
     def first(self) -> Tensor:
         return self.next(self.start)
@@ -326,7 +360,8 @@ class _Encoded:
     def next(self, token: Tensor) -> Tensor:
         token = token if token.dim() == 2 else token[:, None]
         out = self.model(encoder_outputs=self.encoded, attention_mask=self.mask, decoder_input_ids=token, **self.kwargs)
-        return out.logits[:, -1]
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
 
 def sdpa_float32(
@@ -348,6 +383,11 @@ AttentionMaskInterface.register("sdpa_float32", sdpa_mask)
 def wide_attention(model: Any) -> bool:
     """Whether the model's attention turns its keys and values to float32 anyway, so that a cache may hold them as such."""
     return bool(model.config._attn_implementation == "sdpa_float32")
+
+
+def _held(model: Any) -> torch.dtype | None:
+    """Precision in which a cache may hold keys and values; None: as they come."""
+    return torch.float32 if wide_attention(model) else None
 
 
 def takes(model: Any, name: str) -> bool:

@@ -29,6 +29,9 @@ EVALUATES = (
     "evaluate_classes",
     "judge",
 )  # stages that learn nothing: no training rows are read, and they are done again
+MODELS = (  # settings that may name the folder of a model or a run
+    "model.path", "model.steer.value", "model.steer.minus", "algo.critic.model", "algo.teacher", "algo.selector",
+)  # fmt: skip
 
 
 def launch(cfg: DictConfig) -> dict[str, Any]:
@@ -155,8 +158,12 @@ def fingerprint(
             file = None if target.startswith("alignkit.") else file_of(target)
             if file is not None:
                 found[path] = hashlib.sha256(file.read_bytes()).hexdigest()
-    if cfg.stage == "refine":
+    if cfg.stage in ("refine", "distill", "select"):
         found |= _inputs(cfg)
+    if (
+        cfg.algo.get("base") and Path(cfg.algo.base).expanduser().is_dir()
+    ):  # a frozen model that another one is trained on
+        found["algo.base"] = _hash_folder(Path(cfg.algo.base).expanduser())
     for name in ("reward", "audit"):
         for path, folder in _models(OmegaConf.to_container(cfg[name], resolve=True), name):
             found[path] = _hash_folder(folder)
@@ -164,13 +171,14 @@ def fingerprint(
 
 
 def _inputs(cfg: DictConfig) -> dict[str, str]:
-    """What a data set is made of besides its rows: the model, and files and models that the method and its critic name."""
+    """What a data set or a student is made of besides its rows: the model, and files, models and runs that the method names."""
     nodes: Any = OmegaConf.to_container(cfg.algo, resolve=True)
     found = {}
-    for path, value in _leaves({"model": {"path": cfg.model.path}, "algo": nodes}):
+    model: Any = {"path": cfg.model.path, "steer": OmegaConf.to_container(cfg.model.steer)}
+    for path, value in _leaves({"model": model, "algo": nodes}):
         if path.endswith((".not_in", ".donors")) and value:
             found[path] = hash_source(value)
-        elif path in ("model.path", "algo.critic.model") and value and Path(value).expanduser().is_dir():
+        elif path in MODELS and value and Path(value).expanduser().is_dir():
             found[path] = _hash_folder(Path(value).expanduser())
     return found
 

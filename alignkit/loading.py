@@ -22,6 +22,9 @@ transformers_logging.disable_progress_bar()  # the run has a bar of its own
 transformers_logging.set_verbosity_error()  # weights that are missing or left over are looked at here
 
 BUNDLED = Path(__file__).parent / "assets" / "models"
+# what architectures call the number of their layers
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_encoder_layers", "num_decoder_layers",
+          "encoder_layers", "decoder_layers")  # fmt: skip
 Auto = Callable[[Any], Any]  # a model's configuration → the transformers class that builds it
 
 
@@ -175,15 +178,14 @@ def _pretrained(path: str, cfg: Model, dtype: torch.dtype, auto: Auto, fresh: tu
 def _with_layers(model: Any, cfg: Model, dtype: torch.dtype, auto: Auto) -> Any:
     """A model of ``cfg.layers`` of the layers of ``model``, of each stack where it has two; all else is kept.
 
-    Layer j of N, counted from 1, is the loaded layer j · L / N (``skip``, as in PKD, arXiv 1908.09355) or j (``first``).
+    Layer j of N, counted from 1, is the loaded layer j · L / N (``skip``: 2, 4, …, 12 of 12 layers for 6) or j (``first``).
 
     Raises:
         UserError: more layers than there are, a number that does not divide theirs, layers that differ in kind.
     """
     settings, keep = model.config.to_dict(), cfg.layers
     assert keep is not None
-    counts = {k: settings[k] for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers",
-                                       "decoder_layers", "num_decoder_layers") if k in settings}  # fmt: skip
+    counts = {k: settings[k] for k in COUNTS if k in settings}
     stacks = [  # (path of the list of layers, the loaded layers that are kept, counted from 0)
         (path, _chosen(len(module), cfg))
         for path, module in model.named_modules()
@@ -193,8 +195,9 @@ def _with_layers(model: Any, cfg: Model, dtype: torch.dtype, auto: Auto) -> Any:
         raise UserError(
             f"model.layers={keep}: {cfg.path} is a {model.config.model_type} model, whose layers cannot be told apart. Leave it null."
         )
-    for key, value in settings.items():  # per layer, as layer_types
-        if "layer" in key and isinstance(value, list) and len(value) in counts.values():
+    for key, value in settings.items():  # per layer, as layer_types; Longformer's name does not say so
+        per_layer = "layer" in key or key == "attention_window"
+        if per_layer and isinstance(value, list) and len(value) in counts.values():
             settings[key] = [value[i] for i in _chosen(len(value), cfg)]
     weights = {}
     for name, weight in model.state_dict().items():

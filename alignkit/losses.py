@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -122,6 +124,19 @@ def response(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     wanted = (teacher.float() / temperature).log_softmax(-1)
     found = (student.float() / temperature).log_softmax(-1)
     return temperature**2 * (wanted.exp() * (wanted - found)).sum(-1)
+
+
+def jensen_shannon(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> Tensor:
+    """(n,) beta KL(p_T ‖ m) + (1 - beta) KL(p_S ‖ m), m = beta p_T + (1 - beta) p_S, of logits (n, V) (arXiv 2306.13649, eq. 1).
+
+    ``beta`` 0: KL(p_T ‖ p_S), 1: KL(p_S ‖ p_T), to which it tends once divided by beta or 1 - beta.
+    """
+    p, q = (x.float().div(temperature).log_softmax(-1) for x in (teacher, student))
+    if beta in (0.0, 1.0):
+        a, b = (p, q) if beta == 0.0 else (q, p)
+        return (a.exp() * (a - b)).sum(-1)
+    mixed = torch.logsumexp(torch.stack([p + math.log(beta), q + math.log(1 - beta)]), 0)
+    return beta * (p.exp() * (p - mixed)).sum(-1) + (1 - beta) * (q.exp() * (q - mixed)).sum(-1)
 
 
 def feature(student: Tensor, teacher: Tensor) -> Tensor:

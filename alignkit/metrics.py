@@ -23,7 +23,7 @@ class Sentences:
     def n(self, name: str) -> int:
         """How many rows a metric is of, where it counts them; else all."""
         stats = self.stats[name]
-        counts = (stats.shape[1] == 2 and name != "length_ratio") or name == "ece"
+        counts = (stats.shape[1] == 2 and name != "length_ratio") or name in ("ece", "nll")
         return int(stats[:, -1].sum()) if counts else len(stats)
 
     def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -32,13 +32,17 @@ class Sentences:
 
 
 def sentences(
-    responses: list[str], references: list[list[str]], measured: dict[str, list[float]] | None = None
+    responses: list[str],
+    references: list[list[str]],
+    measured: dict[str, list[float]] | None = None,
+    nll: list[tuple[float, int]] | None = None,
 ) -> Sentences:
     """Statistics of N responses against their accepted answers; rows may have any number of these.
 
     Args:
         measured: further values of each row, by name (``reward``, ``preference_accuracy``); with no references at all they
             are all there is.
+        nll: (nats, tokens) of each row's own response; the metric is nats a token, over all rows together.
     """
     stats: dict[str, np.ndarray] = {}
     if any(references) and not all(references):
@@ -55,6 +59,8 @@ def sentences(
         stats["length_ratio"] = bleu[:, :2]  # (system length, closest reference length)
     for name, values in (measured or {}).items():
         stats[name] = _with_count(values)
+    if nll is not None:
+        stats["nll"] = np.array([(nats, tokens, 1) for nats, tokens in nll], dtype=float)
     return Sentences(stats)
 
 
@@ -187,6 +193,7 @@ def _macro(sums: np.ndarray) -> np.ndarray:
 _SCORE = {
     "bleu": lambda sums: _sacre(_bleu(), sums),
     "chrf": lambda sums: _sacre(_chrf(), sums),
+    "nll": lambda sums: sums[:, 0] / sums[:, 1],  # of pairs their number, of texts their tokens
     "ece": lambda sums: np.abs(sums[:, :10] - sums[:, 10:20]).sum(1) / sums[:, 20],
     "macro": lambda sums: 100 * _macro(sums),
     **dict.fromkeys(

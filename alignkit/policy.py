@@ -17,11 +17,13 @@ from alignkit.batch import Batch
 from alignkit.config import Model
 from alignkit.critic import ValueModel
 from alignkit.data import Row
-from alignkit.decode import Decode, decode
+from alignkit.decode import Decode, State, begin, decode
 from alignkit.errors import UserError
 from alignkit.loading import kind_of, read
 from alignkit.reader import Reader
 from alignkit.scoring import Piece, Seen, by_parts, scatter, teacher_forced
+
+NLL_TOKENS = 4096  # that are measured together
 
 
 class Policy(Reader):
@@ -76,8 +78,8 @@ class Policy(Reader):
         with self._evaluating(), torch.no_grad():
             out = self._computed(
                 lambda: decode(
-                    self.model, prompt_ids, prompt_mask, counts.to(self.device), how,
-                    eos=self.eos, pad=self.pad, start=self._start, temperature=temperature, generator=generator,
+                    self._state(rows, begun, prompt_ids, prompt_mask), counts.to(self.device), how,
+                    eos=self.eos, pad=self.pad, temperature=temperature, generator=generator,
                 )
             )  # fmt: skip
         owner = torch.arange(len(rows)).repeat_interleave(counts)
@@ -91,9 +93,13 @@ class Policy(Reader):
             rows=[rows[i] for i in owner.tolist()],
             responses=self.decode_text(out.ids, out.mask),
             logprobs=out.logprobs,
-            extra={"ended": self._ended(out.ids, out.mask)}
+            extra={"ended": self.ended(out.ids, out.mask)}
             | {name: x for name, x in (("entropy", out.entropy), ("top", out.top)) if x is not None},
         )
+
+    def _state(self, rows: list[Row], begun: list[str] | None, ids: Tensor, mask: Tensor) -> State:
+        """The policy about to decode: of each row the prompt and what its response begins with, and both as ids (B, P)."""
+        return begin(self.model, ids, mask, self._start)
 
     def _beginnings(self, texts: list[str]) -> list[list[int]]:
         if self.is_encoder_decoder:
@@ -136,6 +142,24 @@ class Policy(Reader):
         where = torch.cat([piece.where for piece in pieces])
         raw = self._head_values(pieces, batch.mask) if shared else None
         return scatter(torch.cat(logprobs), where, batch.mask), raw
+
+    @torch.no_grad()
+    def nll(self, rows: list[Row]) -> list[tuple[float, int]]:
+        """(nats, tokens) of each row's ``response``, its end included.
+
+        Raises:
+            UserError: a row without a response.
+        """
+        for row in rows:
+            if row["response"] is None:
+                raise UserError(
+                    f"held-out row {row['id']} has no response, which evaluate.nll measures. Set data.response to a template over "
+                    f"the columns."
+                )
+        batch = self.demonstrations(rows)
+        with self._evaluating():
+            nats = -by_parts(batch, NLL_TOKENS, self.forward).sum(1, dtype=torch.float64)
+        return list(zip(nats.tolist(), batch.lengths.tolist(), strict=True))
 
     def value_outputs(self, batch: Batch) -> Tensor:
         """What the critic puts out before each token: (B, T, m), m = 1 or the bins of a histogram; 0 off the mask."""
@@ -209,13 +233,14 @@ def reference(policy: Policy, cfg: Model, seed: int, texts: list[str], budget: i
 
 
 def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None = None) -> Policy:  # type: ignore[assignment]
-    """The policy that ``cfg`` describes, with the weights of ``checkpoint`` where a run goes on.
+    """The policy that ``cfg`` describes, steered where it says so, with the weights of ``checkpoint`` where a run goes on.
 
     Args:
         texts: what a tokenizer is trained on, where the model is built from scratch.
 
     Raises:
-        UserError: what ``loading.read`` refuses, a model that does not generate, no end-of-sequence token.
+        UserError: what ``loading.read`` refuses, a model that does not generate, no end-of-sequence token, a value model that
+            does not fit.
     """
     model, tokenizer, compute = read(cfg, seed, texts, checkpoint, _auto, _task)
     if tokenizer.eos_token_id is None:
@@ -227,7 +252,11 @@ def load(cfg: Model, seed: int, texts: list[str] = (), checkpoint: Path | None =
     policy = Policy(model, tokenizer, compute)
     for found in policy.lint():
         print(f"warning: {found}", file=sys.stderr)
-    return policy
+    if cfg.steer.value is None:
+        return policy
+    from alignkit.steering import steer  # which is made of policies
+
+    return steer(policy, cfg, seed)
 
 
 def _auto(config: Any) -> Any:

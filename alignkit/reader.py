@@ -163,7 +163,7 @@ class Reader:
         batch = self.demonstrations(both, max_tokens, end)
         return batch.with_(group=batch.group // 2, rows=[row for row in rows for _ in range(2)])
 
-    def _ended(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def ended(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B,) bool: whether each row's last token that counts is an end-of-sequence token."""
         return (torch.isin(ids, torch.tensor(self.eos, device=ids.device)) & mask).any(1)
 
@@ -244,7 +244,7 @@ class Reader:
             group=torch.arange(len(rows), device=self.device),
             rows=rows,
             responses=[row["response"] for row in rows],
-            extra={"ended": self._ended(ids, mask)},
+            extra={"ended": self.ended(ids, mask)},
         )
 
     def _pad(self, sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:

@@ -64,12 +64,14 @@ class Run:
         self.seed: int = cfg.seed
         self.ledger: dict[str, float] = {}
         self.resumes = 0
+        self.added: dict[str, Any] = {}  # what the stage adds to result.json
         self.best: dict[str, float] | None = None  # {"step": …, "value": …} on dev
         self.before: dict[str, Any] | None = None  # evaluation before training
         self.state: dict[str, Any] = {}  # of the checkpoint that is resumed
         self.stop_asked = False
         self.ended_by = "algo.steps"  # the setting that set the end
         self._seen: dict[str, float] = {}  # the ledger when `speed` was last asked
+        self._inside = 0.0  # seconds of the phases within the present one
         self._order: tuple[int, int, list[int]] = (-1, -1, [])
         _keep_freed_memory()
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -235,11 +237,17 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds and the peak memory of a phase (``sample``, ``score``, ``update``, ``evaluate``)."""
+        """Count the seconds and the peak memory of a phase (``sample``, ``score``, ``update``, ``evaluate``).
+
+        The seconds of a phase within another count for the inner one alone.
+        """
         _reset_peak()
-        start = time.perf_counter()
+        start, outer = time.perf_counter(), self._inside
+        self._inside = 0.0
         yield
-        self.count(f"seconds/{name}", time.perf_counter() - start)
+        spent = time.perf_counter() - start
+        self.count(f"seconds/{name}", spent - self._inside)
+        self._inside = outer + spent
         key = f"peak_mb/{name}"
         self.ledger[key] = max(self.ledger.get(key, 0.0), _peak_mb())
 
@@ -458,6 +466,7 @@ class Run:
             "peak_mb": _under(self.ledger, "peak_mb/"),
             "resumes": self.resumes,
             "directory": str(self.dir),
+            **self.added,
         }
 
     def _latest(self) -> Path | None:

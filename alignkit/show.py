@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from alignkit.config import task_of
 from alignkit.data import Data
 
 
@@ -14,28 +15,34 @@ def show_rows(cfg: DictConfig, data: Data) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from alignkit import policy, reward_model
+    from alignkit import classifier, policy, reward_model
 
     rows = data.rows("train")
     cfg_model: Any = OmegaConf.to_object(cfg.model)
-    if cfg.stage == "rm":
+    if cfg.stage in ("distill", "select") and task_of(cfg.algo) == "classify":
+        reader: Any = classifier.load(cfg_model, cfg.seed, data.texts(), classifier.labels_of(rows))
+    elif cfg.stage == "rm":
         reading = reward_model.Reading(template=cfg.algo.get("template", "{prompt}"))
-        reader: Any = reward_model.build(cfg_model, reading, cfg.seed, data.texts())
+        reader = reward_model.build(cfg_model, reading, cfg.seed, data.texts())
     else:
         reader = policy.load(cfg_model, cfg.seed, data.texts())
+    labels = getattr(reader, "labels", None)  # of a classifier
     sides = data.sides if cfg.stage in ("rm", "pref") else ("response",)
     console = Console()
     for row, ids in zip(rows[: data.show], reader.prompt_ids(rows[: data.show]), strict=True):
         for side in sides:
             line = Text(f"row {row['id']}{'' if side == 'response' else f' {side}'}  ", style="bold")
             line.append(reader.tokenizer.decode(ids), style="dim")
-            answer = reader.encode_responses([row[side]])[0] if row[side] is not None else []
+            answer = reader.encode_responses([row[side]])[0] if row[side] is not None and not labels else []
+            line.append(f"  [{row[side]}]" if labels else "", style="green")
             for token in answer:
                 line.append(f"[{reader.tokenizer.decode([token])}]", style="green")
             console.print(line, soft_wrap=True)
             more = f"ratings: {row['ratings']}" if "ratings" in row else f"references: {row['references']}"
             console.print(
-                f"  {len(ids)} prompt tokens; {len(answer)} of the response: {answer}; {more}",
+                f"  {len(ids)} prompt tokens; {len(answer)} of the response: {answer}; {more}"
+                if not labels
+                else f"  {len(ids)} tokens; label {labels.index(row[side]) + 1} of {len(labels)}",
                 style="dim",
                 markup=False,
             )

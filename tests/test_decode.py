@@ -18,7 +18,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 import alignkit.decode
 from alignkit.config import Model
-from alignkit.decode import Decode, _fill_gaps, _filter, _InPlace, _inverse_cdf, decode
+from alignkit.decode import Decode, _fill_gaps, _filter, _InPlace, _inverse_cdf, begin, decode
 from alignkit.policy import Policy, load
 
 WORDS = ["the cat sat", "a dog ran far", "birds sing", "we eat apples and bread", "rain", "open the old door slowly"]
@@ -262,10 +262,10 @@ def draw(kind: str, seed: int, taus: list[float], top_k: int = 0, top_p: float =
         fill, off, on = [0] * (width - len(p)), [False] * (width - len(p)), [True] * len(p)
         ids.append(fill + p if kind == "causal" else p + fill)
         mask.append(off + on if kind == "causal" else on + off)
+    state = begin(small(kind), torch.tensor(ids), torch.tensor(mask), [] if kind == "causal" else [1])
     out = decode(
-        small(kind), torch.tensor(ids), torch.tensor(mask), torch.tensor([DRAWS, DRAWS]),
-        Decode(max_new_tokens=STEPS, top_k=top_k, top_p=top_p), eos=[EOS], pad=0,
-        start=[] if kind == "causal" else [1], temperature=torch.tensor(taus), generator=seeded(seed),
+        state, torch.tensor([DRAWS, DRAWS]), Decode(max_new_tokens=STEPS, top_k=top_k, top_p=top_p), eos=[EOS], pad=0,
+        temperature=torch.tensor(taus), generator=seeded(seed),
     )  # fmt: skip
     drawn = responses_of(out)
     return [drawn[:DRAWS], drawn[DRAWS:]]

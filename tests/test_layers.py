@@ -25,6 +25,7 @@ T5 = {"d_model": 16, "d_ff": 32, "num_layers": 4, "num_decoder_layers": 4, "num_
 MODELS: dict[str, tuple[Any, str, dict[str, Any]]] = {  # transformers' class, what precedes a layer's number, settings
     "bert": (AutoModel, "encoder.layer.", {**WIDE, "num_hidden_layers": 4}),
     "roberta": (AutoModel, "encoder.layer.", {**WIDE, "num_hidden_layers": 4}),
+    "longformer": (AutoModel, "encoder.layer.", {**WIDE, "num_hidden_layers": 4, "attention_window": [4, 4, 4, 8]}),
     "distilbert": (AutoModel, "transformer.layer.", {"dim": 16, "hidden_dim": 32, "n_layers": 4, "n_heads": 2}),
     "llama": (AutoModelForCausalLM, "model.layers.", {**WIDE, "num_hidden_layers": 4}),
     "gpt2": (AutoModelForCausalLM, "transformer.h.", {"n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 64}),

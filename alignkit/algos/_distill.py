@@ -75,6 +75,10 @@ class Distill(Fit):
             self._labels = classifier.labels_of(rows)
         return rows
 
+    def spent(self) -> dict[str, float]:
+        """What was spent to find out how to distil, before this run: student trainings, their steps, seconds."""
+        return {"student_runs": 0, "steps": 0, "seconds": 0.0}
+
     @property
     def teacher_model(self) -> Any:
         """The frozen classifier or policy that teaches, None where there is none."""

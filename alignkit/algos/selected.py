@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -38,6 +40,13 @@ class Selected(Distill):
                     f"{shape.teacher}; these have {widths[0]} and {widths[1]}."
                 )
         return student
+
+    def spent(self) -> dict[str, float]:
+        file = Path(self.selector).expanduser() / "result.json"
+        if not file.is_file():  # a selector that was moved away from its run
+            return super().spent()
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {**{k: found[k] for k in ("student_runs", "steps")}, "seconds": sum(found["seconds"].values())}
 
     def weigh(self, student: Any, batch: Batch, generator: torch.Generator) -> Tensor:
         if isinstance(self._selector, Constant):

@@ -70,15 +70,17 @@ class HeldOut:
         earlier = self.run.dir / "outputs-before.jsonl"
         if name == "after" and earlier.exists() and self.cfg.bootstrap:
             old = [json.loads(x) for x in earlier.read_text(encoding="utf-8").split("\n") if x]
-            before = metrics.sentences([e["response"] for e in old], [e["references"] for e in old], _measured(old))
-            tables["difference"] = metrics.difference(before, scored, self.cfg.bootstrap)
+            tables["difference"] = metrics.difference(_statistics(old), scored, self.cfg.bootstrap)
         return tables
 
     def _score(self, policy: Policy, split: str) -> tuple[metrics.Sentences, list[dict[str, Any]], list[Batch]]:
         rows = self.rows[split]
         entries, batches = [], []
         for first in range(0, len(rows), self.cfg.batch_size):
-            batch, more = self._decode(policy, rows[first : first + self.cfg.batch_size], first)
+            part = rows[first : first + self.cfg.batch_size]
+            batch, more = self._decode(policy, part, first)
+            if self.cfg.nll:
+                more = [e | {"nll": nll} for e, nll in zip(more, policy.nll(part), strict=True)]
             batches.append(batch.with_(scores=scores_of(self.reward, batch)) if self.reward else batch)
             scores = [None] * len(batch) if batches[-1].scores is None else batches[-1].scores.tolist()
             for row, response, score, added in zip(batch.rows, batch.responses, scores, more, strict=True):
@@ -95,9 +97,7 @@ class HeldOut:
             )
         if self.ranked:
             entries = [e | {"preference_accuracy": x} for e, x in zip(entries, self.ranked(split, rows), strict=True)]
-        scored = metrics.sentences(
-            [e["response"] for e in entries], [e["references"] for e in entries], _measured(entries)
-        )
+        scored = _statistics(entries)
         if not scored.stats:
             raise UserError(
                 "nothing to measure: the rows have no references and there is no reward. Set data.references."
@@ -223,7 +223,7 @@ LABELS = {
     "macro": "mean of sections %",
     "longer_wins": "longer one chosen %",
     "length_spearman": "Spearman of score and length",
-    "nll": "NLL of the pairs, nats",
+    "nll": "NLL, nats",
     "ece": "calibration error",
     "margin": "margin, mean",
     "margin_max": "margin, greatest",
@@ -257,6 +257,16 @@ def cell(name: str, value: dict[str, float]) -> str:
     digits = 2 if name in PER_CENT else 3
     text = f"{value['value']:.{digits}f}"
     return text + (f" [{value['low']:.{digits}f}, {value['high']:.{digits}f}]" if "low" in value else "")
+
+
+def _statistics(entries: list[dict[str, Any]]) -> metrics.Sentences:
+    """Of the entries of the outputs."""
+    return metrics.sentences(
+        [e["response"] for e in entries],
+        [e["references"] for e in entries],
+        _measured(entries),
+        [e["nll"] for e in entries] if entries and "nll" in entries[0] else None,
+    )
 
 
 def _measured(entries: list[dict[str, Any]]) -> dict[str, list[float]]:

@@ -51,7 +51,7 @@ def fit(
                     step,
                     [rate] * len(optimizer.param_groups),
                 )
-                run.count("tokens/trained", float(batch.mask.sum()))
+                run.count("tokens/trained", float(sum(part.mask.sum() for part in parts)))
             policy.model.eval()
             run.end_step(step + 1, steps, {**metrics, "lr": rate}, policy, optimizer, algo, held_out)
     return run.finish(policy, steps, held_out)

@@ -108,10 +108,16 @@ def _check(commands: dict[str, list[str]]) -> None:
 def report(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: the test metrics of every step before and after it, and how far an RL step went from its start."""
     lines, note = ["| step | metric | before | after |", "|---|---|---|---|"], ""
-    own = {step: importlib.import_module(f"alignkit.stages.{result['stage']}") for step, result in results.items()}
+    stages = {step: importlib.import_module(f"alignkit.stages.{result['stage']}") for step, result in results.items()}
+    compared = {step: stage for step, stage in stages.items() if hasattr(stage, "side_by_side")}
+    tables = [
+        stage.side_by_side({step: results[step] for step in compared if compared[step] is stage})
+        for stage in dict.fromkeys(compared.values())
+    ]
+    own = {step: stage for step, stage in stages.items() if step not in compared}
     own = {step: stage for step, stage in own.items() if hasattr(stage, "summary")}  # what the table has no place for
     for step, result in results.items():
-        if step in own:
+        if step in own or step in compared:
             continue
         evaluation = result.get("evaluation", {})
         before = (evaluation.get("before") or {}).get("test", {})
@@ -128,7 +134,7 @@ def report(results: dict[str, dict[str, Any]]) -> str:
     sections = {step: f"## {step}\n\n{stage.summary(results[step]).strip()}" for step, stage in own.items()}
     first = [section for step, section in sections.items() if results[step]["stage"] == "judge"]  # the verdict
     rest = [section for step, section in sections.items() if results[step]["stage"] != "judge"]
-    return "\n\n".join([*first, *([f"## steps\n\n{text}" if first else text] if text else []), *rest])
+    return "\n\n".join([*first, *tables, *([f"## steps\n\n{text}" if first else text] if text else []), *rest])
 
 
 def _run_to_its_end(command: list[str]) -> tuple[int, bool]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from alignkit import plots
 from alignkit.algos._distill import KNOWLEDGE
 from alignkit.algos._select import Select
 from alignkit.classifier import Classifier
@@ -139,6 +140,7 @@ def _finish(
 ) -> dict[str, Any]:
     with run.folder(run.dir / "final") as folder:
         algo.selector().save(folder)
+    _plot(run, found)
     result = {
         "status": "finished", "stage": "select", "name": cfg.name, "seed": cfg.seed, "signature": signature(cfg),
         "episodes": found["episodes"], "best_episode": found["best"], "rows": rows, "steps": steps,
@@ -151,10 +153,23 @@ def _finish(
     return result
 
 
+def _plot(run: Run, found: dict[str, Any]) -> None:
+    """trajectories.svg: the weights over the first, the best and the last episode; losses.svg: the reward rows' loss of all."""
+    weights: dict[int, list[list[float]]] = {}
+    for line in (run.dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n"):
+        step = json.loads(line) if line else {}
+        if "episode" in step:
+            weights.setdefault(step["episode"], []).append([step[f"weight/{k}"] for k in KNOWLEDGE])
+    shown = {0: "first", max(weights): "last", found["best"]: "best"}
+    panels = {f"episode {i + 1} ({what})": weights[i] for i, what in sorted(shown.items())}
+    plots.trajectories(panels, KNOWLEDGE, run.dir / "trajectories.svg")
+    plots.losses([one["losses"] for one in found["episodes"]], {}, run.dir / "losses.svg")
+
+
 def report(result: dict[str, Any]) -> str:
     """What a finished run prints."""
     then = f"alignkit train +algo=selected algo.selector={result['directory']} …"
-    return f"\n{summary(result)}\nfiles: {result['directory']} (final/selector.json). Distil with it: {then}"
+    return f"\n{summary(result)}\nfiles: {result['directory']} (final/selector.json, trajectories.svg, losses.svg). Distil with it: {then}"
 
 
 def summary(result: dict[str, Any]) -> str:
