@@ -130,12 +130,14 @@ class Distill(Fit):
                 f"algo.teacher={self.teacher}: it reads other tokens than the student. Set model.tokenizer to the teacher's, "
                 f"or begin the student as some of its layers: model.path={self.teacher} model.layers=N."
             )
-        if student.is_encoder_decoder != teacher.is_encoder_decoder:
-            raise UserError(f"algo.teacher={self.teacher}: it is a {teacher.kind} model, the student a {student.kind}.")
+        if student.kind != teacher.kind:
+            raise UserError(f"algo.teacher={self.teacher}: its kind is {teacher.kind}, the student's {student.kind}.")
         if student.depth > teacher.depth:
             raise UserError(
                 f"algo.teacher={self.teacher}: has {teacher.depth} layers, fewer than the student's {student.depth}."
             )
+        if isinstance(student, classifier.Classifier) and isinstance(teacher, classifier.Classifier):
+            student.limit = teacher.limit = min(student.limit, teacher.limit)  # both read the same tokens
         self._layers = self._looked_at(student.depth)
         wanted = [layer * teacher.depth // student.depth for layer in self._layers]
         self._teacher = Teacher(teacher, wanted)
