@@ -357,7 +357,9 @@ def test_a_teacher_of_fewer_layers(refused: Any) -> None:
 def test_a_teacher_of_another_kind(refused: Any, tmp_path: Path, writers: dict[str, str], teacher: str) -> None:
     refused(r"algo\.teacher=.*: the weights lack score\.weight", f"algo.teacher={writers['causal']}")
     base = [*writing("causal", tmp_path), "algo.task=write", "evaluate.select=bleu"]
-    refused("seq2seq model, the student a causal", f"algo.teacher={writers['seq2seq']}", base=base)
+    refused("its kind is seq2seq, the student's causal", f"algo.teacher={writers['seq2seq']}", base=base)
+    causal = teacher_in(tmp_path / "llama", "llama")
+    refused(r"algo\.teacher=.*: its kind is causal, the student's encoder", f"algo.teacher={causal}")
     refused("is an encoder, which writes no text", f"algo.teacher={teacher}", base=base)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,11 +231,18 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(
     assert without_clock(broken_dir) == without_clock(whole_dir)
 
 
-def test_the_command_says_how_to_go_on_and_then_that_it_is_finished(tmp_path: Path, teacher: str, cli: Any) -> None:
+def test_the_command_says_how_to_go_on_and_then_that_it_is_finished(
+    tmp_path: Path, teacher: str, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["train", *KSM, *words_of(tmp_path / "d", teacher), f"run.root={tmp_path}/runs"]
+    with monkeypatch.context() as m:
+        stop_at(8, m, signal.SIGINT)
+        code, _, err = cli(*words)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert code == 130
+    assert f"stopped after step 8 (episode 2 of 3), saved in {run}. Repeat the command to go on" in err
     code, out, err = cli(*words)
     assert code == 0, err
-    (run,) = (tmp_path / "runs").iterdir()
     assert f"Distil with it: alignkit train +algo=selected algo.selector={run}" in out
     assert "**best**" in out and "3 student trainings, 15 steps, 9 evaluations" in out
     code, out, _ = cli(*words)
