@@ -430,3 +430,12 @@ def test_arms_have_the_teachers_tokens_even_where_labels_alone_teach(tmp_path: P
     words = [*words_of(tmp_path / "d", teacher), *LAST]
     found = [train(tmp_path, f"+algo={name}", *words)[1] / "final" / "tokenizer.json" for name in ("finetune", "kd")]
     assert found[0].read_text() == found[1].read_text()
+
+
+@pytest.mark.parametrize("word", ["model.compute=bfloat16", "model.dtype=bfloat16"])
+def test_maps_between_widths_in_bfloat16(tmp_path: Path, teacher: str, word: str) -> None:
+    """About the losses of float32 at the first step, from the same start."""
+    words = ["+algo=all_equal", *words_of(tmp_path / "d", teacher, hidden_size=8), *LAST]
+    found = [lines(train(tmp_path, *words, *more)[1] / "metrics.jsonl")[0] for more in ([], [word])]
+    names = [f"loss/{k}" for k in ("finetune", "response", "feature", "relation")]
+    assert [found[1][n] for n in names] == pytest.approx([found[0][n] for n in names], rel=0.1)

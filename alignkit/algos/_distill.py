@@ -233,7 +233,8 @@ class Distill(Fit):
         """The student's states in the teacher's width."""
         if student.beside is None:
             return seen
-        states = {layer: m(seen.states[layer]) for layer, m in zip(self._layers, student.beside, strict=True)}
+        maps = zip(self._layers, student.beside, strict=True)
+        states = {layer: m(seen.states[layer].to(m.weight.dtype)) for layer, m in maps}
         return Seen(seen.logits, states, seen.where, seen.first)
 
     def _feature(self, student: Seen, teacher: Seen, batch: Batch) -> Tensor:
