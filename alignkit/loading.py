@@ -132,6 +132,10 @@ def resolve(path: str) -> str:
                 raise UserError(f"model.path={path}: this run has not come to a checkpoint. Repeat its command first.")
             raise UserError(f"model.path={path}: neither a model (config.json) nor a run with final/ or checkpoint-N/.")
         folder = saved[-1]
+    if (folder / "selector.json").exists():
+        raise UserError(
+            f"model.path={path}: holds a selector, which is no model. Distil with it: +algo=selected algo.selector={path}."
+        )
     if (folder / "adapter_config.json").exists():
         raise UserError(
             f"model.path={path}: {folder.name} is a LoRA adapter alone. Finish the run: its final/ is a whole model."

@@ -374,3 +374,13 @@ def test_an_unfinished_selection_cannot_be_used(
     (run,) = (tmp_path / "runs").iterdir()
     with pytest.raises(UserError, match=r"this run is not finished: repeat its command first"):
         train(tmp_path / "other", "+algo=selected", f"algo.selector={run}", *words)
+
+
+def test_a_selector_is_no_model_and_a_student_no_selector(tmp_path: Path, words: list[str]) -> None:
+    _, run = train(tmp_path, *GRID, *words)
+    kept = [w for w in words if not w.startswith("algo.teacher")]
+    with pytest.raises(UserError, match=r"algo\.teacher=.*: holds a selector, which is no model\. .* algo\.selector="):
+        train(tmp_path / "runs", "+algo=kd", *kept, f"algo.teacher={run}")
+    _, student = train(tmp_path, "+algo=kd", *words)
+    with pytest.raises(UserError, match=r"algo\.selector=.*: there is no selector\. Train one with"):
+        train(tmp_path / "runs", "+algo=selected", *words, f"algo.selector={student}")
