@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from alignkit.algos._select import Select
 from alignkit.errors import Stopped, UserError
 from alignkit.run import Run
 from alignkit.stages.select import halves
@@ -55,14 +56,24 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("method", [KSM, GRID], ids=["ksm", "grid"])
-def test_an_episode(tmp_path: Path, words: list[str], method: list[str]) -> None:
+def test_an_episode(tmp_path: Path, words: list[str], method: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariants 4 and 6 of the card, and of five steps two phases: they end after the second and the fifth."""
+    read: list[int] = []
+    measure = Select.held_out_loss
+
+    def counted(self: Select, student: Any, rows: list[dict[str, Any]]) -> float:
+        read.append(len(rows))
+        return measure(self, student, rows)
+
+    monkeypatch.setattr(Select, "held_out_loss", counted)
     result, run = train(tmp_path / "runs", *method, *words)
     assert json.loads((run / "result.json").read_text())["episodes"] == json.loads(json.dumps(result["episodes"]))
     episodes = result["episodes"]
     assert len(episodes) == result["student_runs"] == 3
     assert len({e["start"] for e in episodes}) == 1
     assert result["evaluations"] == 3 * (2 + 1)
+    reward, selection = result["rows"]["reward"], result["rows"]["selection"]
+    assert reward != selection and read == 3 * [reward, reward, reward, selection]
     assert [m["step"] for m in lines(run / "metrics.jsonl") if "reward_loss" in m] == [2, 5, 7, 10, 12, 15]
     assert [m["step"] for m in lines(run / "metrics.jsonl") if "selection_loss" in m] == [5, 10, 15]
     ends = [e["losses"] for e in episodes]
