@@ -17,6 +17,7 @@ from alignkit import catalog
 from alignkit.cli import main
 from alignkit.config import GROUPS, NEEDS, check, conf_dir, signature
 from alignkit.errors import UserError
+from alignkit.launch import EVALUATES
 from alignkit.stages import pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +51,7 @@ def holds(node: Any, given: Any) -> bool:
 
 def method_words(name: str) -> list[str]:
     """``+algo=NAME`` with what the method leaves to the user; held-out rows are what `evaluate` is given."""
-    data = ["data=rnnlg"] if content("algo", name).get("stage") in ("evaluate", "evaluate_rm", "judge") else []
+    data = ["data=rnnlg"] if content("algo", name).get("stage") in EVALUATES else []
     return [f"+algo={name}", *data, *filled(content("algo", name), "")]
 
 

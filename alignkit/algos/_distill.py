@@ -30,8 +30,8 @@ KNOWLEDGE = ("finetune", "response", "feature", "relation")  # FinK, ResK, FeaK,
 class Distill(Fit):
     """Settings of the student's training: losses of four kinds of knowledge, each a mean, added up with weights.
 
-    Student layer j looks at teacher layer j L_T / L_S (rounded down): the last at the last (ours). Of a model that writes,
-    tokens are the response's, and a row's summary, where [CLS] stands for a classifier's, is their mean state (ours).
+    Of a model that writes, tokens are the response's, and a row's summary, where [CLS] stands for a classifier's, is their
+    mean state (ours).
     """
 
     batch_size: int = 64
@@ -40,6 +40,9 @@ class Distill(Fit):
     task: Literal["classify", "write"] = "classify"  # write: a language model, causal or encoder–decoder
     teacher: str | None = None  # run, folder, hub id or bundled:NAME; null where only the labels teach
     temperature: float = 2.0  # of both sides of the response knowledge, whose loss is multiplied by its square
+    layer_map: Literal["skip", "last", "first"] = (
+        "skip"  # student layer j looks at teacher layer j L_T / L_S (rounded down), L_T - L_S + j, or j
+    )
     features: Literal["tokens", "summary"] = (
         "tokens"  # feature knowledge: states of every token, or of each row's [CLS] made of length 1 (PKD)
     )
@@ -139,8 +142,15 @@ class Distill(Fit):
         if isinstance(student, classifier.Classifier) and isinstance(teacher, classifier.Classifier):
             student.limit = teacher.limit = min(student.limit, teacher.limit)  # both read the same tokens
         self._layers = self._looked_at(student.depth)
-        wanted = [layer * teacher.depth // student.depth for layer in self._layers]
-        self._teacher = Teacher(teacher, wanted)
+        few, many = student.depth, teacher.depth
+        looks_at = {
+            "skip": lambda j: j * many // few,
+            "last": lambda j: many - few + j if j else 0,
+            "first": lambda j: j,
+        }[self.layer_map]
+        self._map = {j: looks_at(j) for j in self._layers}  # embeddings at embeddings
+        wanted = dict.fromkeys([*self._map.values(), many] if self._map else [])
+        self._teacher = Teacher(teacher, list(wanted))
         if self._layers and student.width != teacher.width:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -219,9 +229,7 @@ class Distill(Fit):
             four[1] = scatter(losses.response(seen.logits, told.logits, self.temperature), where, batch.mask)
         if on[2] or on[3]:
             mapped = self._mapped(student, seen)
-            theirs = Seen(
-                told.logits, dict(zip(self._layers, told.states.values(), strict=True)), told.where, told.first
-            )
+            theirs = Seen(told.logits, {j: told.states[of] for j, of in self._map.items()}, told.where, told.first)
             if on[2]:
                 four[2] = self._feature(mapped, theirs, batch)
             if on[3]:
@@ -257,7 +265,7 @@ class Distill(Fit):
         with student._evaluating():
             for part in batch.split(self.micro_tokens):
                 ours = student.seen(part, [student.depth]).summary(student.depth)
-                theirs = self._teacher.seen(part).summary(self._teacher.layers[-1])
+                theirs = self._teacher.seen(part).summary(self._teacher.reader.depth)
                 found = [x.float().sum(0).cpu() for x in (ours, theirs)]
                 sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
         return sums[0] / len(batch), sums[1] / len(batch)
