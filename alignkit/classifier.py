@@ -145,12 +145,16 @@ def load(
         UserError: what ``loading.read`` refuses, an encoder–decoder model, a path that is no classifier where one must be.
     """
 
+    others: list[bool] = []  # whether the path's head has learned other labels
+
     def auto(config: Any) -> Any:
         if kind_of(config) == "seq2seq":
             raise UserError(
                 f"model: {config.model_type} is an encoder–decoder model; a classifier is an encoder or a causal model."
             )
         if labels is not None:
+            classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+            others.append(classifies and [config.id2label.get(i) for i in range(config.num_labels)] != labels)
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
@@ -160,6 +164,9 @@ def load(
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
+        if others and others[0]:
+            torch.manual_seed(seed)
+            _draw_head(model, heads)
         opening = tokenizer("x")["input_ids"][0] in tokenizer.all_special_ids
         if kind_of(model.config) == "encoder" and not opening and tokenizer.bos_token_id is not None:
             # of a tokenizer trained here: an encoder's first token is one of its own, as BERT's [CLS]
@@ -168,9 +175,18 @@ def load(
                 single=f"{bos} $A {eos}", special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)]
             )
 
-    fresh = () if labels is None else ("classifier.", "score.", "pre_classifier.", "vocab_transform.")
+    heads = ("classifier.", "score.", "pre_classifier.", "vocab_transform.")
+    fresh = () if labels is None else heads
     torch.manual_seed(seed)  # of a new head on a backbone that is loaded
     model, tokenizer, compute = read(
         cfg, seed, list(texts), checkpoint, auto, lambda config: "SEQ_CLS", prepare, fresh=fresh
     )
     return Classifier(model, tokenizer, compute, max_tokens)
+
+
+def _draw_head(model: Any, names: tuple[str, ...]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and f"{name}.".startswith(names):
+            torch.nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)

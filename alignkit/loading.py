@@ -53,7 +53,7 @@ def read(
         checkpoint: folder of the weights with which a run goes on.
         task: a model's configuration → peft's name of the task, for adapters.
         prepare: what is done to model and tokenizer before adapters are put on.
-        fresh: beginnings of the names of weights that a path may lack, which are then new.
+        fresh: beginnings of the names of weights that a path may lack, or have in another size, which are then new.
 
     Raises:
         UserError: no such model, a folder without weights, a model of another kind, a device that is not there.
@@ -132,6 +132,10 @@ def resolve(path: str) -> str:
                 raise UserError(f"model.path={path}: this run has not come to a checkpoint. Repeat its command first.")
             raise UserError(f"model.path={path}: neither a model (config.json) nor a run with final/ or checkpoint-N/.")
         folder = saved[-1]
+    if (folder / "selector.json").exists():
+        raise UserError(
+            f"model.path={path}: holds a selector, which is no model. Distil with it: +algo=selected algo.selector={path}."
+        )
     if (folder / "adapter_config.json").exists():
         raise UserError(
             f"model.path={path}: {folder.name} is a LoRA adapter alone. Finish the run: its final/ is a whole model."
@@ -149,7 +153,12 @@ def _pretrained(path: str, cfg: Model, dtype: torch.dtype, auto: Auto, fresh: tu
         if cfg.kind not in ("auto", kind):
             raise UserError(f"model.path={path} is a {kind} model, but model.kind={cfg.kind} was asked for.")
         loaded: Any = auto(config).from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=bool(fresh),
         )
         model, info = loaded
         tokenizer = read_tokenizer(cfg.tokenizer or path)
@@ -162,6 +171,11 @@ def _pretrained(path: str, cfg: Model, dtype: torch.dtype, auto: Auto, fresh: tu
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(fresh) and "pooler." not in name)
     if missing:
         raise UserError(f"model.path={path}: the weights lack {', '.join(missing[:3])}.")
+    sized = sorted(name for name, *_ in info["mismatched_keys"] if not name.startswith(fresh))
+    if sized:
+        raise UserError(
+            f"model.path={path}: weights are of another size than config.json says: {', '.join(sized[:3])}."
+        )
     return model, tokenizer
 
 

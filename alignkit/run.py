@@ -346,7 +346,7 @@ class Run:
                 save_model(policy.critic, str(partial / "state" / "critic.safetensors"))
             if policy.beside is not None:
                 save_model(policy.beside, str(partial / "state" / "beside.safetensors"))
-            if tensors:
+            if tensors is not None:
                 torch.save(tensors, partial / "state" / "algo.pt")
             (partial / "state" / "run.json").write_text(json.dumps(state), encoding="utf-8")
         self._prune()

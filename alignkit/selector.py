@@ -87,7 +87,7 @@ def load(path: str) -> KSM | Constant:
     folder = Path(path).expanduser()
     file = next((f for f in (folder / "final" / SETTINGS, folder / SETTINGS) if f.is_file()), None)
     if file is None:
-        unfinished = (folder / "command.txt").exists()
+        unfinished = (folder / "command.txt").exists() and not (folder / "result.json").exists()
         raise UserError(
             f"algo.selector={path}: {'this run is not finished: repeat its command first' if unfinished else 'there is no selector'}."
             f" Train one with +algo=ksm or +algo=constant_grid."

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from running import SMALL_RUN
 
 from alignkit import classifier
+from alignkit.algos._distill import Distill
+from alignkit.batch import Batch
 from alignkit.classifier import Classifier
 from alignkit.config import Model
 from alignkit.run import Run
@@ -82,6 +85,43 @@ TINY = {
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
     "hidden_dropout_prob", "attention_probs_dropout_prob",
 }  # fmt: skip
+
+
+def worked(algo: Distill, folder: Path) -> tuple[Distill, Classifier, Batch]:
+    """The method with models whose logits and states are those of vector E1 of the card, for any text, and a step's batch.
+
+    Two labels, of which the rows have the second; z_S = [2, 0.5], z_T = [1, 3]; in both layers, at each token, h_S = [1, 0, 2]
+    and h_T = [0, 1, 2]. So FinK is 1.701413, ResK at T = 2 is 1.411847, FeaK 0.666667, of states of length 1 0.133333; and the
+    flows being h hᵀ, RelK is the mean of the nine squares 1 0 4, 0 1 4, 4 4 0: 2.
+    """
+    config = {**BERT, "hidden_size": 3, "num_attention_heads": 1}
+    cfg = Model(config=config, vocab_size=300, device="cpu")
+    teacher = classifier.load(cfg, 7, TEXTS, ["no", "yes"])
+    _fix(teacher, [1.0, 3.0], [0.0, 1.0, 2.0])
+    teacher.save(folder)
+    algo.teacher = str(folder)
+    rows = [
+        {"id": i, "prompt": text, "response": ["yes", "no"][i == 3], "references": []}
+        for i, text in enumerate(TEXTS[:4])
+    ]
+    algo.prepare(rows, ("response",))
+    student = algo.build(cfg, 0, TEXTS, None)
+    _fix(student, [2.0, 0.5], [1.0, 0.0, 2.0])
+    return algo, student, algo.whole(student, algo.collate(student)(rows[:3]), torch.Generator().manual_seed(0))
+
+
+def mean_loss(algo: Distill, student: Classifier, batch: Batch) -> float:
+    loss = algo.loss(student, batch)
+    return float(loss.total.detach()) / loss.count
+
+
+@torch.no_grad()
+def _fix(model: Classifier, logits: list[float], state: list[float]) -> None:
+    model.model.classifier.weight.zero_()
+    model.model.classifier.bias.copy_(torch.tensor(logits))
+    for layer in model.model.bert.encoder.layer:
+        layer.output.LayerNorm.weight.zero_()
+        layer.output.LayerNorm.bias.copy_(torch.tensor(state))
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, with_: int = signal.SIGTERM) -> None:

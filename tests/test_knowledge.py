@@ -290,6 +290,17 @@ def test_maps_between_widths_are_learned(learns: Any, kind: str) -> None:
     assert not any(name.startswith("beside") for name, _ in student.model.named_parameters())
 
 
+def test_a_teacher_of_fewer_positions_is_given_no_more_than_it_reads(learns: Any) -> None:
+    """Texts are cut for both sides alike."""
+    algo = AllEqual()
+    student, teacher, rows = learns(algo, "bert", None, {"max_position_embeddings": 5})
+    batch = algo.collate(student)(rows)
+    assert batch.prompt_ids.shape[1] == 5 and student.max_positions == 64
+    assert torch.equal(batch.prompt_ids, teacher.demonstrations(rows).prompt_ids)
+    assert torch.isfinite(algo.knowledge(student, batch)[0]).all()
+    assert 0 < student.too_long(rows) < len(rows)
+
+
 # ---- scales ----------------------------------------------------------------------------------------------------------
 
 

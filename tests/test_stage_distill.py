@@ -357,7 +357,9 @@ def test_a_teacher_of_fewer_layers(refused: Any) -> None:
 def test_a_teacher_of_another_kind(refused: Any, tmp_path: Path, writers: dict[str, str], teacher: str) -> None:
     refused(r"algo\.teacher=.*: the weights lack score\.weight", f"algo.teacher={writers['causal']}")
     base = [*writing("causal", tmp_path), "algo.task=write", "evaluate.select=bleu"]
-    refused("seq2seq model, the student a causal", f"algo.teacher={writers['seq2seq']}", base=base)
+    refused("its kind is seq2seq, the student's causal", f"algo.teacher={writers['seq2seq']}", base=base)
+    causal = teacher_in(tmp_path / "llama", "llama")
+    refused(r"algo\.teacher=.*: its kind is causal, the student's encoder", f"algo.teacher={causal}")
     refused("is an encoder, which writes no text", f"algo.teacher={teacher}", base=base)
 
 
@@ -428,3 +430,12 @@ def test_arms_have_the_teachers_tokens_even_where_labels_alone_teach(tmp_path: P
     words = [*words_of(tmp_path / "d", teacher), *LAST]
     found = [train(tmp_path, f"+algo={name}", *words)[1] / "final" / "tokenizer.json" for name in ("finetune", "kd")]
     assert found[0].read_text() == found[1].read_text()
+
+
+@pytest.mark.parametrize("word", ["model.compute=bfloat16", "model.dtype=bfloat16"])
+def test_maps_between_widths_in_bfloat16(tmp_path: Path, teacher: str, word: str) -> None:
+    """About the losses of float32 at the first step, from the same start."""
+    words = ["+algo=all_equal", *words_of(tmp_path / "d", teacher, hidden_size=8), *LAST]
+    found = [lines(train(tmp_path, *words, *more)[1] / "metrics.jsonl")[0] for more in ([], [word])]
+    names = [f"loss/{k}" for k in ("finetune", "response", "feature", "relation")]
+    assert [found[1][n] for n in names] == pytest.approx([found[0][n] for n in names], rel=0.1)

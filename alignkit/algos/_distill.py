@@ -92,12 +92,9 @@ class Distill(Fit):
     def build(self, cfg: Model, seed: int, texts: list[str], checkpoint: Path | None) -> Any:
         """The student; with it the teacher is loaded, and maps where their widths differ."""
         teacher = self._read_teacher(cfg)
-        if (
-            self.teacher is not None and cfg.config and not cfg.tokenizer
-        ):  # also where labels alone teach: arms differ in
-            cfg = replace(
-                cfg, tokenizer=self._of_teacher(lambda: resolve(str(self.teacher)))
-            )  # nothing but their losses
+        if self.teacher is not None and cfg.config and not cfg.tokenizer:
+            # also where the labels alone teach: students that are compared differ in nothing but their losses
+            cfg = replace(cfg, tokenizer=self._of_teacher(lambda: resolve(str(self.teacher))))
         student: Any
         if self.task == "classify":
             student = classifier.load(cfg, seed, texts, self._labels, checkpoint, self.max_tokens)
@@ -136,12 +133,14 @@ class Distill(Fit):
                 f"algo.teacher={self.teacher}: it reads other tokens than the student. Set model.tokenizer to the teacher's, "
                 f"or begin the student as some of its layers: model.path={self.teacher} model.layers=N."
             )
-        if student.is_encoder_decoder != teacher.is_encoder_decoder:
-            raise UserError(f"algo.teacher={self.teacher}: it is a {teacher.kind} model, the student a {student.kind}.")
+        if student.kind != teacher.kind:
+            raise UserError(f"algo.teacher={self.teacher}: its kind is {teacher.kind}, the student's {student.kind}.")
         if student.depth > teacher.depth:
             raise UserError(
                 f"algo.teacher={self.teacher}: has {teacher.depth} layers, fewer than the student's {student.depth}."
             )
+        if isinstance(student, classifier.Classifier) and isinstance(teacher, classifier.Classifier):
+            student.limit = teacher.limit = min(student.limit, teacher.limit)  # both read the same tokens
         self._layers = self._looked_at(student.depth)
         few, many = student.depth, teacher.depth
         looks_at = {
@@ -242,7 +241,8 @@ class Distill(Fit):
         """The student's states in the teacher's width."""
         if student.beside is None:
             return seen
-        states = {layer: m(seen.states[layer]) for layer, m in zip(self._layers, student.beside, strict=True)}
+        maps = zip(self._layers, student.beside, strict=True)
+        states = {layer: m(seen.states[layer].to(m.weight.dtype)) for layer, m in maps}
         return Seen(seen.logits, states, seen.where, seen.first)
 
     def _feature(self, student: Seen, teacher: Seen, batch: Batch) -> Tensor:
