@@ -380,14 +380,3 @@ def test_the_commands(tmp_path) -> None:
         "algo.n=2", "algo.max_new_tokens=6", "run.wandb=disabled",
     )  # fmt: skip
     assert result["status"] == "finished"
-
-
-def test_nll_is_a_ratio_of_sums(policy, rows) -> None:
-    """Against the log-probabilities themselves, for a policy that is not steered."""
-    batch = policy.demonstrations(rows(6))
-    logprobs = policy.forward(batch).detach()
-    for i, (nats, tokens) in enumerate(policy.nll(rows(6))):
-        assert tokens == int(batch.lengths[i])
-        assert nats == pytest.approx(-float(logprobs[i].sum()), rel=1e-5)
-    with pytest.raises(UserError, match="held-out row 0 has no response"):
-        policy.nll([{**rows(1)[0], "response": None}])
