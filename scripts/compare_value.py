@@ -50,7 +50,7 @@ VALUES = {
     "value, zero head": ["algo.zero_init_head=true"],
     "value, cascade+": ["algo.connection=cascade_plus"],
 }
-EVERY = ["base", "asked", *VALUES, "proxy", "own SFT"]
+EVERY = ["base", "asked", *VALUES, "proxy", "own SFT", "own SFT, lower rate"]
 
 
 def instruction(rng: random.Random) -> str:
@@ -119,10 +119,12 @@ class Experiment:
     def post(self, name: str, *words: str) -> Path:
         """SFT and value models: one recipe."""
         rate = ["algo.steps=150", "algo.batch_size=32", "algo.warmup=20", "algo.lr=1e-3"]
-        return self.command(name, *words, *ROWS, f"data.train={self.out}/post.jsonl", *rate)
+        return self.command(name, *ROWS, f"data.train={self.out}/post.jsonl", *rate, *words)
 
-    def tuned(self, size: str) -> Path:
-        return self.post(f"sft {size}", "+algo=sft", f"model.path={self.base(size)}")
+    def tuned(self, size: str, lower: bool = False) -> Path:
+        """With its weights at 4e-4 too: what is a good rate for the small one need not be for the large one."""
+        words = ["+algo=sft", f"model.path={self.base(size)}"]
+        return self.post(f"sft lower {size}", *words, "algo.lr=4e-4") if lower else self.post(f"sft {size}", *words)
 
     def value(self, arm: str) -> Path:
         """Trained on the smallest base, and from its weights where it is not said otherwise."""
@@ -134,8 +136,8 @@ class Experiment:
 
     def measure(self, size: str, arm: str) -> None:
         base, rows = self.base(size), ROWS
-        if arm == "own SFT":
-            words = [f"model.path={self.tuned(size)}"]
+        if arm.startswith("own SFT"):
+            words = [f"model.path={self.tuned(size, lower=arm != 'own SFT')}"]
         elif arm == "proxy":
             words = [
                 f"model.path={base}",
