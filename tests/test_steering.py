@@ -332,6 +332,21 @@ def test_the_value_model_alone_is_saved_and_comes_back(steered, rows, tmp_path) 
     assert torch.equal(policy.forward(policy.demonstrations(rows(3))), before)
 
 
+def test_a_map_is_read_from_its_file(mapped, rows, tmp_path) -> None:
+    base, value, lead = mapped
+    base.save(tmp_path / "base")
+    value.save(tmp_path / "value")
+    lead.save(tmp_path / "map.safetensors")
+    steer = Steer(value=str(tmp_path / "value"), map=str(tmp_path / "map.safetensors"))
+    policy = load(Model(path=str(tmp_path / "base"), device="cpu", steer=steer), 0)
+    batch = base.demonstrations(rows(3))
+    assert torch.equal(policy.forward(batch), Steered(base, value, Trained(), map=lead).forward(batch))
+    with pytest.raises(
+        UserError, match=r"model\.path=.*base and model\.steer\.value=.*value have different vocabularies"
+    ):
+        load(Model(path=str(tmp_path / "base"), device="cpu", steer=Steer(value=str(tmp_path / "value"))), 0)
+
+
 def test_a_plain_model_is_a_residual_one(build_policy, tmp_path) -> None:
     build_policy("causal").save(tmp_path)
     assert trained_as(str(tmp_path)) == Trained()
