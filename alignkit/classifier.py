@@ -154,7 +154,10 @@ def load(
             )
         if labels is not None:
             classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-            others.append(classifies and [config.id2label.get(i) for i in range(config.num_labels)] != labels)
+            own = [config.id2label.get(i) for i in range(config.num_labels)] if classifies else []
+            if sorted(map(str, own)) == sorted(labels):  # the same ones: their order stays the path's
+                return AutoModelForSequenceClassification
+            others.append(classifies)
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
