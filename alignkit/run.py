@@ -120,7 +120,7 @@ class Run:
     def optimizer(self, policy: Any, algo: Any, steps: int, fresh: bool = False) -> torch.optim.Optimizer:
         """Fused AdamW over what is trained, a group for the model, a critic and what stands beside it, with the state of the
         checkpoint that is resumed (unless ``fresh``)."""
-        if algo.warmup >= steps:
+        if algo.warmup >= steps and not fresh:  # said before
             print(f"warning: algo.warmup={algo.warmup} is not shorter than the run ({steps} steps).", file=sys.stderr)
         groups = [
             {"params": [p for p in module.parameters() if p.requires_grad]}
@@ -346,7 +346,7 @@ class Run:
                 save_model(policy.critic, str(partial / "state" / "critic.safetensors"))
             if policy.beside is not None:
                 save_model(policy.beside, str(partial / "state" / "beside.safetensors"))
-            if tensors:
+            if tensors is not None:
                 torch.save(tensors, partial / "state" / "algo.pt")
             (partial / "state" / "run.json").write_text(json.dumps(state), encoding="utf-8")
         self._prune()
