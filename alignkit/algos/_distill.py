@@ -142,6 +142,8 @@ class Distill(Fit):
             raise UserError(
                 f"algo.teacher={self.teacher}: has {teacher.depth} layers, fewer than the student's {student.depth}."
             )
+        if self.task == "classify":  # both read the same tokens
+            student.limit = min(student.limit, teacher.limit)  # type: ignore[attr-defined]
         self._layers = self._looked_at(student.depth)
         few, many = student.depth, teacher.depth
         looks_at = {
@@ -173,7 +175,7 @@ class Distill(Fit):
         self._run = run
         if self._teacher is not None and self.cache_gb:
             with run.phase("teacher"):
-                self._teacher.ask(rows, self.collate(self._teacher.reader), self.micro_tokens, self.cache_gb)
+                self._teacher.ask(rows, self.collate(student), self.micro_tokens, self.cache_gb)
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
@@ -242,7 +244,8 @@ class Distill(Fit):
         """The student's states in the teacher's width."""
         if student.beside is None:
             return seen
-        states = {layer: m(seen.states[layer]) for layer, m in zip(self._layers, student.beside, strict=True)}
+        maps = zip(self._layers, student.beside, strict=True)
+        states = {layer: m(seen.states[layer].to(m.weight.dtype)) for layer, m in maps}  # of model.compute=bfloat16
         return Seen(seen.logits, states, seen.where, seen.first)
 
     def _feature(self, student: Seen, teacher: Seen, batch: Batch) -> Tensor:
