@@ -50,19 +50,18 @@ def test_a_map_between_widths_in_bfloat16(tmp_path: Path, teacher: str) -> None:
     assert losses["bfloat16"] == pytest.approx(losses["same"], rel=0.05)
 
 
-@pytest.mark.parametrize(("reads", "wanted"), [((64, 24), 24), ((24, 64), 24)])
-def test_teacher_and_student_read_the_same_tokens(tmp_path: Path, reads: tuple[int, int], wanted: int) -> None:
-    """Of texts longer than one of them can read: in memory or asked, the losses are the same."""
+@pytest.mark.parametrize("reads", [(64, 4), (4, 64)])
+def test_teacher_and_student_read_the_same_tokens(
+    tmp_path: Path, reads: tuple[int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of texts longer than one of the two can read: in memory or asked at every step, the losses are the same."""
     folder = teacher_in(tmp_path / "t", max_position_embeddings=reads[0])
-    algo = AllEqual(teacher=folder, cache_gb=1.0)
-    rows = [{**row, "prompt": " ".join([row["prompt"]] * (5 + i))} for i, row in enumerate(rows_of(4))]
-    algo.prepare(rows, ("response",))
-    algo._labels = LABELS
-    student = algo.build(Model(config={**BERT, "max_position_embeddings": reads[1]}, device="cpu"), 0, TEXTS, None)
-    batch = algo.collate(student)(rows)
-    assert batch.prompt_mask.sum(1).max() == student.limit == wanted
-    with torch.no_grad():
-        asked, _ = algo.knowledge(student, batch)
-        algo._teacher.ask(rows, algo.collate(student), algo.micro_tokens, algo.cache_gb)  # type: ignore[union-attr]
-        kept, _ = algo.knowledge(student, batch)
-    torch.testing.assert_close(kept, asked, rtol=1e-5, atol=1e-6)
+    words = ["+algo=all_equal", *words_of(tmp_path / "d", folder, max_position_embeddings=reads[1]), "evaluate.every=0"]
+    found = []
+    for extra in ([], ["algo.cache_gb=0.1"]):
+        _, run = train(tmp_path / f"runs{len(extra)}", *words, *extra)
+        assert "more than 4 tokens and are cut" in capsys.readouterr().err
+        found.append([[v for k, v in m.items() if k.startswith("loss/")] for m in lines(run / "metrics.jsonl")])
+    assert len(found[0]) == 5 and len(found[0][0]) == 4
+    for asked, kept in zip(*found, strict=True):
+        assert kept == pytest.approx(asked, rel=1e-5, abs=1e-6)
