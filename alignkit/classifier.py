@@ -150,7 +150,8 @@ def load(
             raise UserError(
                 f"model: {config.model_type} is an encoder–decoder model; a classifier is an encoder or a causal model."
             )
-        if labels is not None:
+        own = [str(config.id2label[i]) for i in range(config.num_labels)]
+        if labels is not None and sorted(own) != sorted(labels):  # a head of these very labels keeps its order of them
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}

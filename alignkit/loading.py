@@ -53,7 +53,7 @@ def read(
         checkpoint: folder of the weights with which a run goes on.
         task: a model's configuration → peft's name of the task, for adapters.
         prepare: what is done to model and tokenizer before adapters are put on.
-        fresh: beginnings of the names of weights that a path may lack, which are then new.
+        fresh: beginnings of the names of weights that a path may lack, or have in another size, which are then new.
 
     Raises:
         UserError: no such model, a folder without weights, a model of another kind, a device that is not there.
@@ -149,8 +149,9 @@ def _pretrained(path: str, cfg: Model, dtype: torch.dtype, auto: Auto, fresh: tu
         if cfg.kind not in ("auto", kind):
             raise UserError(f"model.path={path} is a {kind} model, but model.kind={cfg.kind} was asked for.")
         loaded: Any = auto(config).from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=bool(fresh),
+        )  # fmt: skip
         model, info = loaded
         tokenizer = read_tokenizer(cfg.tokenizer or path)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
@@ -159,7 +160,8 @@ def _pretrained(path: str, cfg: Model, dtype: torch.dtype, auto: Auto, fresh: tu
             f"model.path={path}: cannot be loaded ({type(e).__name__}: {reason}). Check the id or folder; with "
             f"HF_HUB_OFFLINE=1 only what lies in the cache is found."
         ) from None
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith(fresh) and "pooler." not in name)
+    lacks = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    missing = sorted(name for name in lacks if not name.startswith(fresh) and "pooler." not in name)
     if missing:
         raise UserError(f"model.path={path}: the weights lack {', '.join(missing[:3])}.")
     return model, tokenizer

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from distilling import BERT, LABELS, TEXTS, build, rows_of, stop_at, teacher_in, words_of
+from distilling import BERT, LABELS, TEXTS, rows_of, stop_at, teacher_in, words_of
 from running import lines, train
 
 from alignkit import classifier
-from alignkit.algos.all_equal import AllEqual
 from alignkit.algos.selected import Selected
 from alignkit.config import Model
-from alignkit.errors import Stopped, UserError
-from alignkit.selector import Constant
+from alignkit.errors import Stopped
 
 GRID = ["+algo=constant_grid", "algo.grid=[[1,0,0,0],[0,1,0,0],[1,1,1,1]]", "algo.phases=2"]
 
@@ -65,3 +62,34 @@ def test_teacher_and_student_read_the_same_tokens(
     assert len(found[0]) == 5 and len(found[0][0]) == 4
     for asked, kept in zip(*found, strict=True):
         assert kept == pytest.approx(asked, rel=1e-5, abs=1e-6)
+
+
+def test_a_head_keeps_its_order_of_the_same_labels(tmp_path: Path) -> None:
+    def load(**model: object) -> classifier.Classifier:
+        return classifier.load(Model(device="cpu", vocab_size=300, **model), 1, TEXTS, ["place", "food", "animal"])  # type: ignore[arg-type]
+
+    load(config=BERT).save(tmp_path)
+    again = classifier.load(Model(path=str(tmp_path), device="cpu"), 0, labels=LABELS)
+    assert again.labels == ["place", "food", "animal"]
+    assert again.demonstrations(rows_of(3)).response_ids[:, 0].tolist() == [1, 2, 0]  # food, animal, place
+    torch.testing.assert_close(again.logits(rows_of(3)), load(path=str(tmp_path)).logits(rows_of(3)))
+
+
+def test_a_head_of_more_labels_is_drawn_anew_and_nothing_else(tmp_path: Path) -> None:
+    before = classifier.load(Model(config=BERT, vocab_size=300, device="cpu"), 1, TEXTS, LABELS)
+    before.save(tmp_path)
+    one, same, other = (
+        classifier.load(Model(path=str(tmp_path), device="cpu"), seed, labels=[*LABELS, "plant"]) for seed in (0, 0, 1)
+    )
+    for name, weight in before.model.state_dict().items():
+        found = [reader.model.state_dict()[name] for reader in (one, same, other)]
+        if name.startswith("classifier.weight"):
+            assert found[0].shape == (4, 16) and torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+        elif not name.startswith("classifier."):
+            assert all(torch.equal(x, weight) for x in found), name
+
+
+def test_what_a_selection_cost_is_known_from_its_final_folder(tmp_path: Path, teacher: str) -> None:
+    _, run = train(tmp_path, *words_of(tmp_path / "d", teacher), *GRID)
+    costs = [Selected(selector=str(folder), teacher=teacher).spent() for folder in (run, run / "final")]
+    assert costs[0] == costs[1] and costs[0]["student_runs"] == 3 and costs[0]["steps"] == 15
