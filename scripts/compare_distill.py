@@ -61,6 +61,8 @@ def main() -> None:
         f"algo.teacher={args.teacher}", f"algo.steps={args.steps}", f"run.root={args.root}", "run.threads=1",
         "run.wandb=disabled", "run.save_every=1000000", *words,
     ]  # fmt: skip
+    if args.runs > len(ConstantGrid().grid):
+        parser.error(f"--runs {args.runs}: the grid has {len(ConstantGrid().grid)} points, so others would train more")
     grid = json.dumps(ConstantGrid().grid[: args.runs]).replace(" ", "")
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in args.seeds:

@@ -174,7 +174,7 @@ class Distill(Fit):
         self._run = run
         if self._teacher is not None and self.cache_gb:
             with run.phase("teacher"):
-                self._teacher.ask(rows, self.collate(self._teacher.reader), self.micro_tokens, self.cache_gb)
+                self._teacher.ask(rows, self.collate(student), self.micro_tokens, self.cache_gb)
 
     # ---- a step --------------------------------------------------------------------------------------------------
 

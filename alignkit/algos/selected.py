@@ -42,7 +42,8 @@ class Selected(Distill):
         return student
 
     def spent(self) -> dict[str, float]:
-        file = Path(self.selector).expanduser() / "result.json"
+        folder = Path(self.selector).expanduser().resolve()
+        file = (folder.parent if folder.name == "final" else folder) / "result.json"
         if not file.is_file():  # a selector that was moved away from its run
             return super().spent()
         found = json.loads(file.read_text(encoding="utf-8"))
