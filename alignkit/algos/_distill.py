@@ -78,6 +78,10 @@ class Distill(Fit):
             self._labels = classifier.labels_of(rows)
         return rows
 
+    def losses(self) -> dict[str, Any]:
+        """The settings that say what a weight of 1 means."""
+        return {k: getattr(self, k) for k in ("temperature", "features", "layer_map", "loss_scale", "scale_steps")}
+
     def spent(self) -> dict[str, float]:
         """What was spent to find out how to distil, before this run: student trainings, their steps, seconds."""
         return {"student_runs": 0, "steps": 0, "seconds": 0.0}

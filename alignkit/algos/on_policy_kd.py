@@ -69,4 +69,4 @@ class OnPolicyKD(Distill):
             student.seen(batch).logits, self._teacher.seen(batch).logits, self.beta, self.temperature
         )
         count = float(batch.mask.sum())
-        return Loss(found.sum(), count, {"divergence": float(found.detach().mean()), "length": count / len(batch)})
+        return Loss(found.sum(), count, {"divergence": float(found.detach().mean())})

@@ -12,7 +12,7 @@ from running import lines, train
 from alignkit import classifier
 from alignkit.algos.selected import Selected
 from alignkit.config import Model
-from alignkit.errors import Stopped
+from alignkit.errors import Stopped, UserError
 
 GRID = ["+algo=constant_grid", "algo.grid=[[1,0,0,0],[0,1,0,0],[1,1,1,1]]", "algo.phases=2"]
 
@@ -93,3 +93,22 @@ def test_what_a_selection_cost_is_known_from_its_final_folder(tmp_path: Path, te
     _, run = train(tmp_path, *words_of(tmp_path / "d", teacher), *GRID)
     costs = [Selected(selector=str(folder), teacher=teacher).spent() for folder in (run, run / "final")]
     assert costs[0] == costs[1] and costs[0]["student_runs"] == 3 and costs[0]["steps"] == 15
+
+
+def test_a_selector_is_refused_with_other_losses_than_its_own(tmp_path: Path, teacher: str) -> None:
+    words = words_of(tmp_path / "d", teacher)
+    _, run = train(tmp_path, *words, *GRID, "algo.temperature=3")
+    selected = [*words, "+algo=selected", f"algo.selector={run}", "evaluate.every=0"]
+    with pytest.raises(UserError, match=r"was learned with algo\.temperature=3\.0; with other losses"):
+        train(tmp_path, *selected)
+    assert train(tmp_path, *selected, "algo.temperature=3")[0]["selection"]["student_runs"] == 3
+
+
+def test_how_much_of_a_text_is_read_is_saved(tmp_path: Path) -> None:
+    before = classifier.load(Model(config=BERT, vocab_size=300, device="cpu"), 1, TEXTS, LABELS, max_tokens=5)
+    before.save(tmp_path)
+    again = classifier.load(Model(path=str(tmp_path), device="cpu"), 0)
+    assert again.limit == 5
+    assert classifier.load(Model(path=str(tmp_path), device="cpu"), 0, max_tokens=9).limit == 9
+    long = [{"id": 0, "prompt": "the good harbour " * 5, "response": "place"}]
+    torch.testing.assert_close(again.logits(long), before.logits(long))
