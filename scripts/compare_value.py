@@ -182,6 +182,7 @@ def table(out: Path, seeds: list[int], metric: str, digits: int, less: str | Non
                 values = {seed: values[seed] - other[seed] for seed in values if seed in other}
             spread = f" ± {statistics.stdev(values.values()):.{digits}f}" if len(values) > 1 else ""
             sign = "+" if less else ""
+            spread += f" ({len(values)})" if len(values) < len(seeds) else ""  # not all are there yet
             cells.append(f"{statistics.mean(values.values()):{sign}.{digits}f}{spread}" if values else "")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
