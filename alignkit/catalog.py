@@ -114,6 +114,8 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
             example = "alignkit evaluate RUN_OR_MODEL"
         if content.get("stage") == "evaluate_rm":  # what `alignkit evaluate RUN` does with a reward model
             example = "alignkit train +algo=evaluate_rm model.path=RUN data=polite"
+        if content.get("stage") == "evaluate_classes":
+            example = "alignkit train +algo=evaluate_classes model.path=RUN data=brackets"
         if content.get("stage") == "judge":
             example = (
                 "alignkit train +algo=judge data=tatoeba_en_de reward=chrf 'algo.outputs={base: runs/A, tuned: runs/B}'"

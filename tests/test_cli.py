@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import re
 import resource
 import shlex
@@ -309,7 +310,8 @@ def test_doctor_sees_a_folder_that_cannot_be_written(
 def test_evaluate_knows_a_reward_model(tmp_path: Path, kind: str) -> None:
     (tmp_path / "final").mkdir()
     names = ["LlamaForCausalLM" if kind == "policy" else "LlamaForSequenceClassification"]
-    (tmp_path / "final" / "config.json").write_text(f'{{"architectures": {names}}}'.replace("'", '"'), encoding="utf-8")
+    config = {"architectures": names, **({"id2label": {"0": "LABEL_0"}} if kind == "transformers" else {})}
+    (tmp_path / "final" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if kind == "alignkit":
         (tmp_path / "final" / "reward_model.json").write_text("{}", encoding="utf-8")
     wanted = "evaluate" if kind == "policy" else "evaluate_rm"
