@@ -71,6 +71,21 @@ def objective(result: dict[str, Any], cfg: DictConfig) -> float | None:
 
 
 @contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """torch's threads for one run; the next run of a sweep finds what was there before."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count:
+            torch.set_num_threads(before)
+
+
+@contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Keep a second process out of a run directory; the system lets go of the lock with the process.
 
@@ -97,12 +112,13 @@ def locked(directory: Path) -> Iterator[None]:
 def _run(cfg: DictConfig, data: Data | None) -> dict[str, Any]:
     record = _read(cfg, data) if data else {"sha256": fingerprint(cfg, None)}
 
-    import torch
+    with _threads(cfg.run.threads):
+        return _run_stage(cfg, data, record)
 
+
+def _run_stage(cfg: DictConfig, data: Data | None, record: dict[str, Any]) -> dict[str, Any]:
     from alignkit.run import Run
 
-    if cfg.run.threads:
-        torch.set_num_threads(cfg.run.threads)
     algo = _build(cfg.algo, "algo") if cfg.algo else None
     reward = _build(cfg.reward, "reward") if cfg.reward else None
     stage = importlib.import_module(f"alignkit.stages.{cfg.stage}")
