@@ -58,8 +58,9 @@ def reported() -> Iterator[None]:
             raise
         sys.exit(_current.end(error=e))
     else:
-        if _current is not None:
-            sys.exit(_current.end())
+        code = 0 if _current is None else _current.end()
+        if code:
+            sys.exit(code)
     finally:
         if _current is not None:
             _current.let_go()
@@ -209,7 +210,7 @@ class Sweep(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("stopped" if stopped else "finished")
             shutil.rmtree(self.folder / "jobs", ignore_errors=True)
-            for pickle in self.folder.glob(".submitit/**/*.pkl"):
+            for pickle in self.folder.glob(".submitit/**/*.pkl"):  # its logs stay
                 pickle.unlink()
         except OSError as e:
             print(f"warning: the record of the sweep could not be written ({e.strerror}).", file=sys.stderr)
@@ -240,7 +241,7 @@ class Sweep(Callback):
             again = "Repeating the sweep does that too: finished jobs are skipped." if self.grid else ""
             parts.append(f"What is left, alone:\n\n    {rerun}\n\n{again}".rstrip())
         found = configurations(jobs)
-        if any(len(c["seeds"]) + len(c["missing"]) > 1 for c in found):
+        if any(c["test"] for c in found) and any(len(c["seeds"]) + len(c["missing"]) > 1 for c in found):
             parts.append("over seeds, mean and 95 % t-interval of test metrics:\n\n" + seeds_table(found))
         return "\n\n".join(parts)
 
@@ -394,10 +395,11 @@ def _name(parsed: list[Any]) -> str:
     """``name=…`` where it is given, else the methods or presets."""
     found: dict[str, list[str]] = {}
     for override in parsed:
-        values = (
-            override.sweep_string_iterator() if override.is_discrete_sweep() else [override.get_value_element_as_str()]
-        )
-        found[override.key_or_group] = [str(v) for v in values]
+        if override.key_or_group in ("name", "preset", "algo"):
+            listed = override.is_discrete_sweep()
+            found[override.key_or_group] = (
+                [str(v) for v in override.sweep_string_iterator()] if listed else [override.get_value_element_as_str()]
+            )
     names = found.get("name") or [*found.get("preset", []), *found.get("algo", [])]
     return re.sub(r"[^\w-]+", "", "-".join(names))[:60] or "sweep"
 
