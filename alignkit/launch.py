@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -58,11 +59,32 @@ def launch(cfg: DictConfig) -> dict[str, Any]:
         if done is not None:
             print(f"{directory} is finished; nothing to do. Start anew with run.overwrite=true.")
             return done
+        _record_composition(cfg, directory / ".hydra")
         if cfg.stage == "pipeline":
             from alignkit.stages import pipeline
 
             return pipeline.run(cfg)
         return _run(cfg, data)
+
+
+def _record_composition(cfg: DictConfig, folder: Path) -> None:
+    """What Hydra would write of a job. Hydra writes it before the job begins, where a folder that cannot be written would
+    end a sweep instead of the job.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    if not HydraConfig.initialized():
+        return
+    try:
+        folder.mkdir(exist_ok=True)
+        OmegaConf.save(cfg, folder / "config.yaml")
+        OmegaConf.save(HydraConfig.instance().cfg, folder / "hydra.yaml")
+        OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")
+    except OSError as e:
+        raise UserError(
+            f"{folder} cannot be written ({e.strerror}). Free some space, or choose another run.root."
+        ) from None
 
 
 def objective(result: dict[str, Any], cfg: DictConfig) -> float | None:

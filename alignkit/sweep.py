@@ -54,7 +54,13 @@ def reported() -> Iterator[None]:
             raise
         sys.exit(_current.end(stopped=True))
     except Exception as e:
-        if _current is None or not _current.begun():
+        if _current is None:
+            raise
+        if not _current.begun():
+            if isinstance(e, OSError):
+                raise UserError(
+                    f"{_current.folder} cannot be written ({e.strerror}). Choose another run.root."
+                ) from None
             raise
         sys.exit(_current.end(error=e))
     else:
