@@ -58,8 +58,8 @@ def test_an_arm_that_fails_is_told_and_its_siblings_finish(grid) -> None:
     for job in failed:
         assert f"- {job['job']} ({sweep.label(job, jobs)}): {job['error']}" in first.stdout
     assert "Traceback" not in first.stderr
-    assert "| 7 | algo=rloo seed=1 algo.lr=3e-4 | failed | " in first.stdout
-    assert "| algo=rloo algo.lr=3e-4 | 0 | " in first.stdout and "| 1, 2, 3 |\n" in first.stdout  # its missing seeds
+    assert "| 7 | algo=rloo seed=1 algo.lr=0.0003 | failed | " in first.stdout
+    assert "| algo=rloo algo.lr=0.0003 | 0 | " in first.stdout and "| 1, 2, 3 |\n" in first.stdout  # its missing seeds
     (folder,) = root.glob("sweeps/*")
     assert {p.name for p in folder.iterdir()} == {"sweep.json", "sweep.md", "multirun.yaml"}
     assert folder.name.startswith("reinforce-rloo-")
@@ -119,7 +119,7 @@ def test_one_command_runs_what_is_left_and_the_whole_one_skips_what_is_done(grid
     assert again.returncode == 0, again.stderr
     rerun = next(r for r in map(_read, root.glob("sweeps/*/sweep.json")) if r["command"] == before["rerun"])
     assert [job["overrides"][:3] for job in rerun["jobs"]] == [
-        ["+algo=rloo", f"seed={seed}", "algo.lr=3e-4"] for seed in (1, 2, 3)
+        ["+algo=rloo", f"seed={seed}", "algo.lr=0.0003"] for seed in (1, 2, 3)
     ]
     assert [job["status"] for job in rerun["jobs"]] == ["ok"] * 3 and rerun["rerun"] is None
     whole = command(*words)
