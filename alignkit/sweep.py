@@ -100,6 +100,7 @@ class Sweep(Callback):
         self.task = list(config.hydra.overrides.task)
         given = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         parsed = OverridesParser.create().parse_overrides([*given, *self.task])
+        self.outlives = "submitit" in config.hydra.launcher._target_  # its jobs go on when this process ends
         self.grid = config.hydra.sweeper._target_ == BASIC  # other sweepers find out their jobs as they go
         if self.grid:
             from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -205,22 +206,25 @@ class Sweep(Callback):
         """Complete the record, print it, and return the exit code."""
         assert self.folder is not None
         self._collect()
-        for job in self.jobs.values():
-            if job["status"] == "running":
-                job |= (
-                    {"status": "stopped", "error": "stopped at once."}
-                    if stopped
-                    else {"status": "failed", "error": "its process was killed; it left no message."}
-                )
+        running = [job for job in self.jobs.values() if job["status"] == "running"]
+        if not self.outlives:
+            for job in running:
+                job["status"] = "stopped" if stopped else "failed"
+                job["error"] = "stopped at once." if stopped else "its process was killed; it left no message."
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("stopped" if stopped else "finished")
-            shutil.rmtree(self.folder / "jobs", ignore_errors=True)
-            for pickle in self.folder.glob(".submitit/**/*.pkl"):  # its logs stay
-                pickle.unlink()
+            if not (self.outlives and (stopped or error)):
+                shutil.rmtree(self.folder / "jobs", ignore_errors=True)
+                for pickle in self.folder.glob(".submitit/**/*.pkl"):  # its logs stay
+                    pickle.unlink()
         except OSError as e:
             print(f"warning: the record of the sweep could not be written ({e.strerror}).", file=sys.stderr)
         print(f"\n{self.report()}\n\nfiles: {self.folder}", flush=True)
+        if self.outlives and (stopped or error):
+            print(
+                "Jobs that run or wait in the queue go on, and write into these files when they end.", file=sys.stderr
+            )
         if error is not None:
             print(f"error: the sweep broke off: {one_line(error)}", file=sys.stderr)
         failed = error is not None or any(job["status"] == "failed" for job in self.jobs.values())
