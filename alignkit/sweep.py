@@ -79,6 +79,7 @@ class Sweep(Callback):
     def __init__(self) -> None:
         self.folder: Path | None = None  # None: a single run
         self.jobs: dict[int, dict[str, Any]] = {}  # number → outcome
+        self.own: dict[int, dict[str, Any]] = {}  # of the jobs of this process, whatever the disk could hold
         self.process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,11 +122,7 @@ class Sweep(Callback):
         if self.folder is None:
             return
         number, words = int(config.hydra.job.num), list(config.hydra.overrides.task)
-        sys.argv = [
-            "alignkit train",
-            *self._flags(),
-            *words,
-        ]  # the run's record holds the command that repeats it alone
+        sys.argv = ["alignkit train", *self._flags(), *words]  # into the run's record: what repeats it alone
         self.result = Path(config.run.dir) / "result.json"
         self.stamp = _stamp(self.result)
         self.began = time.monotonic()
@@ -151,7 +148,7 @@ class Sweep(Callback):
             found["status"] = "skipped" if _stamp(self.result) == self.stamp else "ok"
         if not self.result.parent.is_dir():
             found["directory"] = ""
-        self._note(number, self.jobs[number] | found)
+        self._note(number, self.own[number] | found)
         _free_memory()
         if found["status"] == "stopped" and os.getpid() == self.process:
             raise KeyboardInterrupt  # out of Hydra's loop
@@ -161,11 +158,10 @@ class Sweep(Callback):
     def _note(self, number: int, outcome: dict[str, Any]) -> None:
         """Keep a job's outcome, and write it and the record; a disk that is full costs the record, not the sweep."""
         assert self.folder is not None
-        self.jobs[number] = outcome
+        self.own[number] = outcome
         try:
             (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "jobs" / f"{number}.json", json.dumps(outcome))
-            self._collect()
             self._write("running")
         except OSError as e:
             print(f"warning: the record of the sweep could not be written ({e.strerror}).", file=sys.stderr)
@@ -175,9 +171,11 @@ class Sweep(Callback):
         assert self.folder is not None
         for file in (self.folder / "jobs").glob("*.json"):
             self.jobs[int(file.stem)] = json.loads(file.read_text(encoding="utf-8"))
+        self.jobs |= self.own
 
     def _write(self, status: str) -> None:
         assert self.folder is not None
+        self._collect()
         jobs = [self.jobs[n] for n in sorted(self.jobs)]
         record = {
             "name": self.name, "status": status, "command": shlex.join(["alignkit", "train", *self.words]), "rerun": self.rerun(),
@@ -188,7 +186,9 @@ class Sweep(Callback):
             ("sweep.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n"),
             ("sweep.md", text),
         ):
-            partial = self.folder / f"{name}.{platform.node()}-{os.getpid()}"  # processes write at the same time
+            partial = (
+                self.folder / "jobs" / f"{name}.{platform.node()}-{os.getpid()}"
+            )  # processes write at the same time
             partial.write_text(content, encoding="utf-8")
             os.replace(partial, self.folder / name)
 
@@ -211,9 +211,10 @@ class Sweep(Callback):
             for job in running:
                 job["status"] = "stopped" if stopped else "failed"
                 job["error"] = "stopped at once." if stopped else "its process was killed; it left no message."
+            self.own = dict(self.jobs)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write("stopped" if stopped else "finished")
+            (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
+            self._write("stopped" if stopped else "broken off" if error else "finished")
             if not (self.outlives and (stopped or error)):
                 shutil.rmtree(self.folder / "jobs", ignore_errors=True)
                 for pickle in self.folder.glob(".submitit/**/*.pkl"):  # its logs stay
@@ -360,8 +361,8 @@ def t_quantile(freedom: int, inside: float = 0.95) -> float:
 
 
 def measured(file: Path, select: str) -> dict[str, Any]:
-    """Of a ``result.json``: ``test``, every test metric (of runs without test rows, dev's), and ``result``, the one to show:
-    the metric that picks checkpoints where test has it."""
+    """Of a ``result.json``: ``test``, every test metric, and ``result``, the one to show: the metric that picks checkpoints, on
+    test or, of a run without test rows, on dev."""
     result = json.loads(file.read_text(encoding="utf-8"))
     evaluation = result.get("evaluation") or {}
     after = evaluation.get("after", evaluation) or {}

@@ -233,7 +233,7 @@ def test_every_launcher_tells_the_same(tmp_path: Path) -> None:
     tables, weights = [], []
     for launcher in ("basic", "joblib", "submitit_local"):
         root = tmp_path / launcher
-        more = ["hydra.launcher.n_jobs=1"] if launcher == "joblib" else []
+        more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
         words = ["+algo=reinforce", "seed=1", *RL, "algo.lr=1e-4,-1", f"run.root={root}"]
         done = command("train", "-m", f"hydra/launcher={launcher}", *more, *words)
         assert done.returncode == 1, done.stderr
