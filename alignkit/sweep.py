@@ -269,8 +269,10 @@ class Sweep(Callback):
             key, _, value = word.partition("=")
             values.setdefault(key, [])
             values[key] += [value] if value not in values[key] else []
-        kept = [w for w in self.words if w not in self.task]
-        return shlex.join(["alignkit", "train", *kept, *(f"{k}={','.join(v)}" for k, v in values.items())])
+        hydra = [w for w in self.words if w.startswith("hydra")]
+        return shlex.join(
+            ["alignkit", "train", "-m", *self._flags(), *hydra, *(f"{k}={','.join(v)}" for k, v in values.items())]
+        )
 
     def _flags(self) -> list[str]:
         """The words of the command that are not the sweep's: --config-dir and its folder."""
