@@ -92,12 +92,17 @@ def train(words: list[str]) -> None:
         _leave("error: train: name a method with +algo=NAME or a preset with +preset=NAME.", 2)
 
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
+    from alignkit import sweep
     from alignkit.config import conf_dir, register
 
     register()
+    if "hydra/sweeper=optuna" in words and not any(w.startswith("hydra.sweeper.direction=") for w in words):
+        words.append("hydra.sweeper.direction=maximize")  # as every metric that picks a checkpoint is
     sys.argv = ["alignkit train", *words]
     _use_config_dirs(words)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, instead of printing them and exiting with 1
@@ -106,28 +111,48 @@ def train(words: list[str]) -> None:
     def job(cfg: object) -> float | None:
         nonlocal started
         started = True
-        return _job(cfg)
+        return _alone(cfg) if HydraConfig.get().mode == RunMode.RUN else _job(cfg)
 
+    with sweep.reported():
+        try:
+            hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
+        except (HydraException, OmegaConfBaseException) as e:
+            if started:
+                raise
+            raise UserError(_uncomposed(e, words)) from None
+
+
+def _uncomposed(e: Exception, words: list[str]) -> str:
+    """Why Hydra could not compose these words, and the way out."""
+    if "Ambiguous value" in str(e):
+        return f"{str(e).splitlines()[0]} Several values are a sweep: alignkit train -m …"
+    part = re.search(r"Could not override '(\w+)@algo\.", str(e))
+    if part:
+        return f"{part[1]}=…: this method takes no {part[1]}. `alignkit show NAME` prints its settings."
+    step = next((w.partition("=")[0] for w in words if w.lstrip("+").startswith("more.")), None)
+    hint = f" Words of a step want quotes inside: '{step}=\"algo.steps=5\"'." if step else ""
+    hint += " Quote a value with braces twice: 'data.prompt=\"{column}\"'." if any("{" in w for w in words) else ""
+    return " ".join(str(x).split("\n")[0] for x in (e, e.__cause__) if x) + hint
+
+
+def _alone(cfg: object) -> float | None:
+    """The job of a single run: a mistake or a stop leaves the process with one message."""
     try:
-        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
-    except (HydraException, OmegaConfBaseException) as e:
-        if started:
-            raise
-        if "Ambiguous value" in str(e):
-            raise UserError(f"{str(e).splitlines()[0]} Several values are a sweep: alignkit train -m …") from None
-        part = re.search(r"Could not override '(\w+)@algo\.", str(e))
-        if part:
-            raise UserError(
-                f"{part[1]}=…: this method takes no {part[1]}. `alignkit show NAME` prints its settings."
-            ) from None
-        step = next((w.partition("=")[0] for w in words if w.lstrip("+").startswith("more.")), None)
-        hint = f" Words of a step want quotes inside: '{step}=\"algo.steps=5\"'." if step else ""
-        hint += " Quote a value with braces twice: 'data.prompt=\"{column}\"'." if any("{" in w for w in words) else ""
-        raise UserError(" ".join(str(x).split("\n")[0] for x in (e, e.__cause__) if x) + hint) from None
+        return _job(cfg)
+    except UserError as e:
+        _leave(f"error: {e}", 2)
+    except Stopped as e:
+        _leave(f"\n{e}", 130)
+    return None
 
 
 def _job(cfg: object) -> float | None:
-    """One Hydra job. A user's mistake ends here as one message; sweepers get the selected metric."""
+    """One Hydra job; sweepers get the selected metric.
+
+    Raises:
+        UserError: a user's mistake.
+        Stopped: by Ctrl-C or SIGTERM; says how to go on.
+    """
     from omegaconf import DictConfig
 
     from alignkit.launch import launch, objective
@@ -138,14 +163,15 @@ def _job(cfg: object) -> float | None:
         if cfg.data.get("show"):  # nothing was run
             _remove_if_empty(Path(cfg.run.dir))
         return objective(result, cfg)
-    except UserError as e:
+    except UserError:
         _remove_if_empty(Path(cfg.run.dir))
-        _leave(f"error: {e}", 2)
+        raise
     except Stopped as e:
-        _leave(f"\n{e} {_how_to_go_on(cfg.run.overwrite)}", 130)
+        raise Stopped(f"{e} {_how_to_go_on(cfg.run.overwrite)}") from None
     except KeyboardInterrupt:
-        _leave(f"\nstopped at once. {_how_to_go_on(cfg.run.overwrite)}", 130)
-    return None
+        raise Stopped(f"stopped at once. {_how_to_go_on(cfg.run.overwrite)}") from None
+    except SystemExit as e:  # of a reward or a library; Hydra, too, would let it end the process
+        raise RuntimeError(f"the run left the process with exit code {e.code}") from e
 
 
 def hydra_words(words: list[str]) -> list[str]:

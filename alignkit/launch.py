@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -58,6 +59,7 @@ def launch(cfg: DictConfig) -> dict[str, Any]:
         if done is not None:
             print(f"{directory} is finished; nothing to do. Start anew with run.overwrite=true.")
             return done
+        _record_composition(cfg, directory / ".hydra")
         if cfg.stage == "pipeline":
             from alignkit.stages import pipeline
 
@@ -65,9 +67,44 @@ def launch(cfg: DictConfig) -> dict[str, Any]:
         return _run(cfg, data)
 
 
+def _record_composition(cfg: DictConfig, folder: Path) -> None:
+    """What Hydra would write of a job. Hydra writes it before the job begins, where a folder that cannot be written would
+    end a sweep instead of the job.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    if not HydraConfig.initialized():
+        return
+    try:
+        folder.mkdir(exist_ok=True)
+        OmegaConf.save(cfg, folder / "config.yaml")
+        OmegaConf.save(HydraConfig.instance().cfg, folder / "hydra.yaml")
+        OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")
+    except OSError as e:
+        raise UserError(
+            f"{folder} cannot be written ({e.strerror}). Free some space, or choose another run.root."
+        ) from None
+
+
 def objective(result: dict[str, Any], cfg: DictConfig) -> float | None:
     """What a sweeper maximises: the selected metric on dev; None where there is no dev split."""
     return float(result["best"]["value"]) if result.get("best") else None
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """torch's threads for one run; the next run of a sweep finds what was there before."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count:
+            torch.set_num_threads(before)
 
 
 @contextmanager
@@ -97,12 +134,13 @@ def locked(directory: Path) -> Iterator[None]:
 def _run(cfg: DictConfig, data: Data | None) -> dict[str, Any]:
     record = _read(cfg, data) if data else {"sha256": fingerprint(cfg, None)}
 
-    import torch
+    with _threads(cfg.run.threads):
+        return _run_stage(cfg, data, record)
 
+
+def _run_stage(cfg: DictConfig, data: Data | None, record: dict[str, Any]) -> dict[str, Any]:
     from alignkit.run import Run
 
-    if cfg.run.threads:
-        torch.set_num_threads(cfg.run.threads)
     algo = _build(cfg.algo, "algo") if cfg.algo else None
     reward = _build(cfg.reward, "reward") if cfg.reward else None
     stage = importlib.import_module(f"alignkit.stages.{cfg.stage}")
