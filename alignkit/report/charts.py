@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
@@ -36,7 +37,7 @@ def binned(series: Series) -> Series:
     def means(values: list[float] | None) -> list[float] | None:
         if values is None:
             return None
-        return [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+        return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
 
     xs, ys = means(series.xs) or [], means(series.ys) or []
     return Series(series.label, xs, ys, means(series.lows), means(series.highs), series.colour, series.thin)

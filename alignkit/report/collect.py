@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -48,15 +48,15 @@ class Record:
     def stage(self) -> str:
         return str(self._said("stage") or "unknown")
 
-    @property
+    @cached_property
     def seed(self) -> int | None:
-        """The seed; of an evaluation that of the run whose model it measures, where its folder's name says it."""
+        """The seed; of an evaluation that of the runs whose models or outputs it measures, where their folders' names agree on it."""
         if self.stage in EVALUATES:
-            found = re.search(r"-s(\d+)(?:-[0-9a-f]{8})?(?:/|$)", str(_at(self.config, "model.path") or ""))
-            if found:
-                return int(found[1])
-        found = re.search(r"-s(\d+)(?:-|$)", self.folder.name)
-        seed = self._said("seed")
+            named = json.dumps([_at(self.config, "model.path"), _at(self.config, "algo.outputs")], default=str)
+            seeds = set(re.findall(r"-s(\d+)(?:-[0-9a-f]{8})?(?=[/\"#])", named))
+            if len(seeds) == 1:
+                return int(seeds.pop())
+        seed, found = self._said("seed"), re.search(r"-s(\d+)(?:-|$)", self.folder.name)
         return seed if isinstance(seed, int) else int(found[1]) if found else None
 
     @property
@@ -156,7 +156,7 @@ def collect(named: list[str]) -> tuple[list[Record], list[str]]:
         UserError: a path that is not there, a glob that matches nothing, no run in all of them.
     """
     runs: dict[Path, Record] = {}
-    warnings = []
+    warnings: list[str] = []
     for word in named:
         before = len(runs)
         seen = False
@@ -178,8 +178,7 @@ def _folders(word: str) -> list[Path]:
     if path.is_dir():
         return [path]
     if path.exists():
-        if glob.has_magic(word) or path.parent.is_dir():
-            return []  # a file that a shell's glob has caught
+        return []  # a file that a shell's glob has caught
     if glob.has_magic(word):
         found = [Path(x) for x in sorted(glob.glob(str(path)))]
         if not found:
@@ -315,19 +314,30 @@ def _labels(groups: list[list[Record]]) -> list[str]:
     labels = []
     for base, group in zip(bases, groups, strict=True):
         same = [g[0] for b, g in zip(bases, groups, strict=True) if b == base and g[0].stage == group[0].stage]
-        keys = differing([run.settings for run in same])
-        if not keys and len(same) > 1:
-            keys = differing([run.pipeline.settings for run in same if run.pipeline])
+        everyone = [run.settings for run in same]
+        own = group[0].settings
+        if not differing(everyone) and all(run.pipeline for run in same):
+            everyone = [run.pipeline.settings for run in same if run.pipeline]
             own = group[0].pipeline.settings if group[0].pipeline else {}
-        else:
-            own = group[0].settings
-        said = [f"{_last(key, keys)}={_short(own.get(key))}" for key in keys[:3]]
-        labels.append(" ".join([base, *said]))
+        keys = _telling(everyone)
+        labels.append(" ".join([base, *(f"{_last(key, keys)}={_short(own.get(key))}" for key in keys)]))
     seen: dict[str, int] = {}
     for i, label in enumerate(labels):
         seen[label] = seen.get(label, 0) + 1
         labels[i] = label if seen[label] == 1 else f"{label} ({seen[label]})"
     return labels
+
+
+def _telling(settings: list[Json], most: int = 3) -> list[str]:
+    """As few keys as tell the settings apart, one after the other the one that parts them best."""
+    keys, chosen = differing(settings), list[str]()
+
+    def parts(key: str) -> int:
+        return len({json.dumps([one.get(k) for k in (*chosen, key)], default=str) for one in settings})
+
+    while keys and len(chosen) < most and (not chosen or parts(chosen[-1]) < len(settings)):
+        chosen.append(max(keys, key=parts))
+    return chosen
 
 
 def differing(settings: list[Json]) -> list[str]:
@@ -376,5 +386,5 @@ def _at(value: Any, *path: str) -> Any:
     return value
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -85,7 +85,7 @@ def compare(words: list[str]) -> None:
         warnings += [*odd, *more]
     labelled, _ = configurations(every)  # so that the two are told apart by what differs
     labels = {id(run): c.label for c in labelled for run in c.runs}
-    for side, word in zip(both, (given.a, given.b), strict=True):
+    for side in both:
         side.label = labels.get(id(side.first), side.label)
     if both[0].label == both[1].label:
         both[0].label, both[1].label = given.a, given.b

@@ -38,11 +38,14 @@ BUDGETS = {
     "tokens/trained": "tokens trained",
     "samples": "samples",
 }
+DECODING = tuple(
+    f"evaluate.{k}" for k in ("decode", "beams", "temperature", "max_new_tokens", "protocol", "rounds", "samples")
+)
 CUT_OFF = 0.05  # share of responses at their limit above which the report warns
 OWN = {  # of result.json, said elsewhere in the report
     "status", "stage", "name", "seed", "signature", "weights_sha256", "evaluation", "steps", "ended_by", "best", "audit", "samples",
     "tokens", "seconds", "peak_mb", "resumes", "directory", "training", "verdict", "steps_done", "decode", "settings", "model",
-    "signatures", "data_sha256", "status",
+    "signatures", "data_sha256",
 }  # fmt: skip
 
 
@@ -64,6 +67,7 @@ class Table:
     head: list[str]
     rows: list[list[Cell]]
     notes: list[str] = field(default_factory=list)
+    words: bool = False  # cells are words rather than numbers
 
 
 @dataclass
@@ -289,8 +293,9 @@ def curve(configurations: list[Configuration], key: str, x: str = "step") -> Cur
             xs = [sum(p[s][0] for p in found) / len(found) for s in shared]
             columns = [[p[s][1] for p in found] for s in shared]
             ys = [sum(col) / len(col) for col in columns]
-            band = ([min(col) for col in columns], [max(col) for col in columns]) if len(found) > 1 else (None, None)
-            lines.append(Series(c.label, xs, ys, *band, colour=i))
+            several = len(found) > 1
+            lows, highs = ([least(col) for col in columns] if several else None for least in (min, max))
+            lines.append(Series(c.label, xs, ys, lows, highs, colour=i))
         for run in c.runs:
             if run not in whole and (p := _points(run, key, x)):
                 text = f"{_who(c, run)} (unfinished)"
@@ -360,6 +365,7 @@ def settings(configurations: list[Configuration]) -> Table | None:
         ["setting", *(c.label for c in configurations)],
         rows,
         ["–: this configuration has no such setting."],
+        words=True,
     )
 
 
@@ -516,8 +522,6 @@ def of_runs(c: Configuration) -> list[str]:
             found.append(
                 f"{c.label}: {low if low == high else f'{low} to {high}'} of {what} are cut off at {limit}.max_new_tokens."
             )
-    if len(c.finished) == 1 and c.stage not in ("pipeline", "study"):
-        found.append(f"{c.label}: one seed only. How much another seed would change is not known.")
     names = metrics_of([c])
     for name in names:
         without = [run for run in c.finished if name not in run.tested()[1]]
@@ -531,7 +535,10 @@ def of_runs(c: Configuration) -> list[str]:
     ):
         found.append(f"{c.label}: no held-out metric. The run had no test rows, or evaluate.test=false.")
     for split in ("train", "test"):
-        if len({d for run in c.runs if (d := _at(run.data, "sha256", f"data.{split}"))}) > 1:
+        named = {
+            str(_at(run.config, "data", split)) for run in c.runs
+        }  # where names differ, runs of a seed build on each other
+        if len(named) == 1 and len({d for run in c.runs if (d := _at(run.data, "sha256", f"data.{split}"))}) > 1:
             found.append(f"{c.label}: its runs have the same settings, but the {split} file was not the same.")
     return found
 
@@ -540,7 +547,7 @@ def _of_run(run: Record) -> list[str]:
     found = [f"{problem}." for problem in run.problems]
     if not run.finished:
         planned = _at(run.config, "algo.steps")
-        of = f" of {planned}" if isinstance(planned, int) else ""
+        of = f" of {planned}" if isinstance(planned, int) and planned >= run.steps else ""
         found.append(
             f"unfinished, {run.steps}{of} steps are logged; left out of all means. Repeat its command to go on."
         )
@@ -563,23 +570,24 @@ def _of_run(run: Record) -> list[str]:
 def _of_stages(stages: list[Stage]) -> list[str]:
     """What stands against comparing the configurations of a stage."""
     found = []
+    singles = [
+        c.label for stage in stages if stage.name != "study" for c in stage.configurations if len(c.finished) == 1
+    ]
+    if singles:
+        found.append(f"One seed only: {', '.join(singles)}. How much another seed would change is not known.")
     for stage in stages:
         base = stage.baseline
+        apart = [c.label for c in stage.configurations if not same_rows(c, base)]
+        if apart:
+            found.append(
+                f"Not the same held-out rows as {base.label}: {', '.join(apart)}. These numbers cannot be compared."
+            )
+        ways: dict[str, list[str]] = {}
         for c in stage.configurations:
-            if c is base:
-                continue
-            if not same_rows(c, base):
-                found.append(
-                    f"{c.label} and {base.label}: not the same held-out rows. Their numbers cannot be compared."
-                )
-            keys = [k for k in differing([c.first.settings, base.first.settings]) if k.startswith("evaluate.")]
-            keys = [
-                k
-                for k in keys
-                if k.rpartition(".")[2] in ("decode", "beams", "temperature", "max_new_tokens", "protocol", "rounds")
-            ]
+            keys = [k for k in differing([c.first.settings, base.first.settings]) if k in DECODING]
             if keys:
-                found.append(f"{c.label} and {base.label} were evaluated in different ways: {', '.join(keys)}.")
+                ways.setdefault(", ".join(keys), []).append(c.label)
+        found += [f"Not evaluated as {base.label} was ({keys} differ): {', '.join(of)}." for keys, of in ways.items()]
     runs = [run for stage in stages for c in stage.configurations for run in c.runs if run.environment]
     for key, name in (
         ("git_commit", "commits of alignkit"),
@@ -604,7 +612,10 @@ def label(name: str) -> str:
     head, _, tail = name.partition("/")
     if head == "dev" and tail:
         return f"{label(tail)} on dev"
-    return LABELS.get(name, name.replace("_", " "))
+    if head in ("win_rate", "length_controlled"):
+        against, _, judge = tail.rpartition("/")
+        return f"{'wins' if head == 'win_rate' else 'wins at equal length'} against {against} by {judge} %"
+    return LABELS.get(name, name.replace("_", " ")) + (" %" if head == "section" else "")
 
 
 def digits(name: str) -> int:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from alignkit import __version__
 from alignkit.report import charts
-from alignkit.report.collect import Configuration, Json, Record, _at
+from alignkit.report.collect import Json, Record, _at
 from alignkit.report.content import Cell, Curve, Report, Stage, Table
 
 HERE = Path(__file__).parent
@@ -122,7 +122,8 @@ def cards(stage: Stage, rows: int) -> Json:
     """
     systems: list[tuple[str, list[Json]]] = []
     prompts: list[Any] = []
-    left_out, starts = [], []
+    left_out: list[str] = []
+    starts: list[list[Json]] = []
     for c in stage.configurations:
         run = next((run for run in c.finished or c.runs if run.outputs()), None)
         after = run.outputs() if run else []
@@ -216,20 +217,22 @@ def _runs(report: Report) -> Table:
             cells = [str(run.folder), c.label, str(run.seed), state, str(len(run.starts) or "–"), commit]
             cells += [str(e.get(k) or "–") for k in ("alignkit", "threads")]
             rows.append([Cell(x) for x in (*cells, str(run.result.get("signature") or "–"), weights)])
-    return Table("Runs", head, rows, ["Starts above 1: the run was stopped and resumed. Weights: SHA-256 of final/."])
+    return Table(
+        "Runs", head, rows, ["Starts above 1: the run was stopped and resumed. Weights: SHA-256 of final/."], words=True
+    )
 
 
 def _environment(runs: list[Record]) -> Table:
     """Each version and machine, with how many runs had it."""
     rows = []
     known = [run.environment for run in runs if run.environment]
-    keys = [("python",), ("platform",), ("processor",), ("cores",), ("gpus",)]
+    keys: list[tuple[str, ...]] = [("python",), ("platform",), ("processor",), ("cores",), ("gpus",)]
     keys += [("packages", name) for name in dict.fromkeys(n for e in known for n in (e.get("packages") or {}))]
     for key in keys:
         values = [json.dumps(_at({"e": e}, "e", *key)) for e in known]
         for value in dict.fromkeys(values):
             rows.append([Cell(key[-1]), Cell(value.strip('"')), Cell(str(values.count(value)))])
-    return Table("Environment", ["what", "value", "runs"], rows)
+    return Table("Environment", ["what", "value", "runs"], rows, words=True)
 
 
 def _sources(runs: list[Record]) -> Table:
@@ -242,8 +245,5 @@ def _sources(runs: list[Record]) -> Table:
             source = str(_at(run.data, "sources", split) or "–") if what != split else "–"
             key = (what, source, "–" if rows is None else f"{rows:,}", str(digest)[:16])
             found[key] = found.get(key, 0) + 1
-    return Table(
-        "Data",
-        ["what", "source", "rows", "SHA-256", "runs"],
-        [[*map(Cell, key), Cell(str(n))] for key, n in found.items()],
-    )
+    rows_ = [[*map(Cell, key), Cell(str(n))] for key, n in found.items()]
+    return Table("Data", ["what", "source", "rows", "SHA-256", "runs"], rows_, words=True)
