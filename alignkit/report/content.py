@@ -200,7 +200,9 @@ def headline(configurations: list[Configuration], how: str = "t") -> Table:
         if any(cell.value for cell in cells):
             starts.setdefault(json.dumps([cell.text for cell in cells]), (cells, []))[1].append(c.label)
     for cells, of in starts.values():
-        what = "start" if len(starts) == 1 else f"start of {', '.join(of)}"
+        what = (
+            "start" if len(starts) == 1 else f"start of {of[0]}" + (f" and {len(of) - 1} more" if len(of) > 1 else "")
+        )
         rows.append([Cell(what), Cell("–"), *cells])
     singles = False
     for c in configurations:
@@ -238,7 +240,8 @@ def against_baseline(configurations: list[Configuration], baseline: Configuratio
         gaps = [difference(c.values(m), baseline.values(m), how) for m in names]
         tests += sum(1 for g in gaps if g and g.low is not None)
         pairings |= {g.paired for g in gaps if g and g.n > 1}
-        rows.append([Cell(c.label), Cell(str(max((g.n for g in gaps if g), default=0))), *map(_gap, gaps, names)])
+        if any(gaps):
+            rows.append([Cell(c.label), Cell(str(max(g.n for g in gaps if g))), *map(_gap, gaps, names)])
     notes = [f"Less {baseline.label}, paired by seed [95 % interval]. Grey, “noise”: the interval holds 0."]
     if False in pairings:
         notes.append("Where configurations share fewer than two seeds, the interval is Welch's, of unpaired runs.")
@@ -379,14 +382,17 @@ def others(configurations: list[Configuration]) -> list[Table]:
     keys = list(dict.fromkeys(k for _, each in numbers for one in each for k in one))
     if keys:
         shown = [(c, each) for c, each in numbers if any(each)]
-        rows = [
-            [Cell(k), *(estimated(dict(enumerate(x[k] for x in each if k in x)), k) for _, each in shown)] for k in keys
-        ]
+        rows = [[Cell(k), *(_other([x[k] for x in each if k in x], k) for _, each in shown)] for k in keys]
         found.append(Table("Other results", ["result", *(c.label for c, _ in shown)], rows))
     for c in configurations:
         for run in c.finished[:1]:
             found += [Table(f"{_who(c, run)}: {key}", *_columns(records)) for key, records in _lists(run.result)]
     return found
+
+
+def _other(values: list[float], name: str) -> Cell:
+    """A number of unknown meaning: without an interval where runs agree on it."""
+    return Cell(f"{values[0]:,.10g}") if len(set(values)) == 1 else estimated(dict(enumerate(values)), name)
 
 
 def _lists(value: Any, path: str = "") -> list[tuple[str, list[Json]]]:
@@ -458,7 +464,7 @@ def _sentences(configurations: list[Configuration], baseline: Configuration, sel
     metric = select if select in names else names[0] if names else None
     if metric is None or not baseline.values(metric):
         return []
-    found = []
+    found, singles = [], list[str]()
     for c in configurations:
         gap = (
             difference(c.values(metric), baseline.values(metric), how)
@@ -469,15 +475,15 @@ def _sentences(configurations: list[Configuration], baseline: Configuration, sel
             continue
         amount = f"{label(metric)} {_with_bounds(gap.mean, gap.low, gap.high, metric, sign=True)}"
         if gap.low is None:
-            found.append(
-                f"{c.label} against {baseline.label}: {amount}, of one seed; whether that is more than noise cannot be said."
-            )
+            singles.append(f"{c.label} {amount}")
         else:
             pairs = f"{gap.n} {'pairs of seeds' if gap.paired else 'seeds, unpaired'}"
             found.append(
                 f"{c.label} against {baseline.label}: {amount} over {pairs}"
                 + ("." if gap.clear else ", which is within noise.")
             )
+    if singles:
+        found.append(f"Against {baseline.label}, of one seed each, so that noise cannot be told: {'; '.join(singles)}.")
     return found
 
 
@@ -545,14 +551,14 @@ def of_runs(c: Configuration) -> list[str]:
 
 def _of_run(run: Record) -> list[str]:
     found = [f"{problem}." for problem in run.problems]
+    if run.stage == "pipeline":
+        return found if run.finished else [*found, "this pipeline is unfinished. Repeat its command to go on."]
     if not run.finished:
         planned = _at(run.config, "algo.steps")
         of = f" of {planned}" if isinstance(planned, int) and planned >= run.steps else ""
         found.append(
             f"unfinished, {run.steps}{of} steps are logged; left out of all means. Repeat its command to go on."
         )
-    if run.stage == "pipeline":
-        return found
     overlap = run.data.get("overlap")
     for split, n in overlap.items() if isinstance(overlap, dict) else ():
         if n:
@@ -624,13 +630,15 @@ def digits(name: str) -> int:
 
 def number(value: float, name: str, spread: float = 0.0) -> str:
     """A number as the tables print it: two decimals of per cent, three of others, more where ``spread`` (half the width of an
-    interval) asks for them, none of large whole ones."""
+    interval) asks for them, fewer of large ones."""
     if not math.isfinite(value):
         return str(value)
-    if value == int(value) and abs(value) >= 1000:
+    if abs(value) >= 1000:
         return f"{value:,.0f}"
-    if spread > 0:
+    if spread > 0 and abs(value) < 100:
         return f"{value:,.{max(digits(name), min(8, math.ceil(-math.log10(spread))))}f}"
+    if abs(value) >= 100:
+        return f"{value:.1f}"
     if value and abs(value) < 10 ** -digits(name):
         return f"{value:.2g}"
     return f"{value:,.{digits(name)}f}"
@@ -664,12 +672,14 @@ def _gap(gap: Estimate | None, name: str) -> Cell:
     text = _with_bounds(gap.mean, gap.low, gap.high, name, sign=True)
     if gap.low is None:
         return Cell(f"{text} (one seed)", faint=True, value=gap)
+    if gap.low == gap.mean == gap.high == 0:
+        return Cell(f"{number(0, name)} equal", faint=True, value=gap)
     return Cell(text if gap.clear else f"{text} noise", faint=not gap.clear, strong=gap.clear, value=gap)
 
 
 def _signed(value: float, name: str, spread: float = 0.0) -> str:
     text = number(abs(value), name, spread)
-    return text if not float(text.replace(",", "")) else ("+" if value > 0 else "−") + text
+    return text if not float(text.replace(",", "")) else ("+" if value > 0 else "-") + text
 
 
 def _counted(c: Configuration) -> str:

@@ -58,8 +58,8 @@ def _plus_minus(c: Configuration, name: str, how: str, form: str) -> str:
     mean = number(found.mean, name, spread)
     if how == "bootstrap":
         return f"{mean} [{number(found.low, name, spread)}, {number(found.high, name, spread)}]"
-    sign = "±" if form == "markdown" else r"$\pm$"
-    return f"{mean} {sign} {number(spread, name, spread)}"
+    half = number(spread, name, spread)
+    return f"{mean} ± {half}" if form == "markdown" else rf"${mean} \pm {half}$"
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
