@@ -27,7 +27,7 @@ def result_of(run: Path) -> dict[str, Any]:
     return result
 
 
-def tested(run: Path, metric: str, when: str = "after") -> float:
+def score_of(run: Path, metric: str, when: str = "after") -> float:
     """A test metric as the run wrote it."""
     return float(result_of(run)["evaluation"][when]["test"][metric]["value"])
 

@@ -12,11 +12,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from reporting import METHODS, SEEDS, Runs, logged, make_runs, result_of, tested
+from reporting import METHODS, SEEDS, Runs, logged, make_runs, result_of, score_of
 from running import SMALL_SFT, lines, train
 
 from alignkit import metrics
@@ -146,7 +147,7 @@ def test_over_rows_is_the_paired_bootstrap_of_metrics() -> None:
     ("metric", "column"), [("bleu", "BLEU"), ("reward", "reward"), ("length_ratio", "length ratio")]
 )
 def test_results_are_the_means_of_result_json(runs: Runs, method: str, metric: str, column: str) -> None:
-    a, b = (tested(runs[method, s], metric) for s in SEEDS)
+    a, b = (score_of(runs[method, s], metric) for s in SEEDS)
     digits = 2 if metric == "bleu" else 3
     mean, low, high = numbers(cell(table(reported(root(runs)), "Results"), method, column))
     half = T1 * abs(a - b) / 2  # n = 2: the deviation over √2 is half the distance
@@ -156,7 +157,7 @@ def test_results_are_the_means_of_result_json(runs: Runs, method: str, metric: s
 
 
 def test_differences_are_paired_by_seed(runs: Runs) -> None:
-    gaps = [tested(runs["reinforce", s], "chrf") - tested(runs["grpo", s], "chrf") for s in SEEDS]
+    gaps = [score_of(runs["reinforce", s], "chrf") - score_of(runs["grpo", s], "chrf") for s in SEEDS]
     found = cell(table(reported(root(runs), baseline="grpo"), "Difference to grpo"), "reinforce", "chrF")
     mean, half = sum(gaps) / 2, T1 * abs(gaps[0] - gaps[1]) / 2
     assert numbers(found) == pytest.approx([mean, mean - half, mean + half], abs=0.0051)
@@ -168,12 +169,12 @@ def test_the_baseline_is_the_first_named_or_the_one_asked_for(runs: Runs) -> Non
     assert reported(one, other).stages[0].baseline.label == "reinforce"
     assert reported(one, other, baseline="grpo").stages[0].baseline.label == "grpo"
     assert reported(one, other, baseline=other).stages[0].baseline.label == "grpo"
-    with pytest.raises(UserError, match="no configuration is called so. Did you mean 'grpo'"):
+    with pytest.raises(UserError, match=r"no configuration is called so. Did you mean 'grpo'"):
         reported(one, other, baseline="grop")
 
 
 def test_change_from_the_start_is_after_less_before(runs: Runs) -> None:
-    gaps = [tested(runs["grpo", s], "bleu") - tested(runs["grpo", s], "bleu", "before") for s in SEEDS]
+    gaps = [score_of(runs["grpo", s], "bleu") - score_of(runs["grpo", s], "bleu", "before") for s in SEEDS]
     found = cell(table(reported(root(runs)), "Change from the start"), "grpo", "BLEU")
     assert numbers(found)[0] == pytest.approx(sum(gaps) / 2, abs=0.0051)
 
@@ -279,7 +280,7 @@ def test_evaluations_count_by_the_seed_of_the_model(runs: Runs, tmp_path: Path) 
               "evaluate.rows=20", "evaluate.max_new_tokens=12", "evaluate.bootstrap=20", "run.threads=1", "run.wandb=disabled")  # fmt: skip
     report = reported(str(tmp_path))
     assert [[run.seed for run in c.runs] for c in report.configurations] == [[0, 1]]
-    mean = sum(tested(runs["grpo", s], "bleu") for s in SEEDS) / 2
+    mean = sum(score_of(runs["grpo", s], "bleu") for s in SEEDS) / 2
     assert numbers(cell(table(report, "Results"), "evaluate", "BLEU"))[0] == pytest.approx(mean, abs=0.0051)
 
 
@@ -313,7 +314,7 @@ def test_an_unfinished_run_is_drawn_but_not_counted(copies: Runs) -> None:
     )  # killed in the middle of a line
     report = reported(root(copies))
     assert numbers(cell(table(report, "Results"), "grpo", "BLEU"))[0] == pytest.approx(
-        tested(copies["grpo", 0], "bleu"), abs=0.0051
+        score_of(copies["grpo", 0], "bleu"), abs=0.0051
     )
     assert cell(table(report, "Results"), "grpo", "seeds") == "1 of 2"
     reward = next(c for c in report.stages[0].curves if c.title == "reward")
@@ -351,7 +352,7 @@ def test_a_damaged_run_gives_warnings_and_the_others_their_numbers(copies: Runs,
     DAMAGES[damage](copies["grpo", 1])
     report = reported(root(copies))
     page = render(report, "damaged")
-    a, b = (tested(copies["reinforce", s], "bleu") for s in SEEDS)
+    a, b = (score_of(copies["reinforce", s], "bleu") for s in SEEDS)
     assert numbers(cell(table(report, "Results"), "reinforce", "BLEU"))[0] == pytest.approx((a + b) / 2, abs=0.0051)
     assert f"{(a + b) / 2:.2f}" in page
     file = damage.split()[0]
@@ -411,6 +412,9 @@ class _Tags(HTMLParser):
         if tag not in ("meta", "link", "input", "img", "br", "path", "circle"):
             self.open.append(tag)
 
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
     def handle_endtag(self, tag: str) -> None:
         assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
         self.open.pop()
@@ -454,7 +458,7 @@ def test_the_page_is_whole_and_fetches_nothing(runs: Runs) -> None:
     assert {a["href"][1:] for tag, a in tags if tag == "a" and a["href"]} <= set(idents)
     levels = [int(tag[1]) for tag, _ in tags if re.fullmatch(r"h\d", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False)), "no level of headings is left out"
+    assert all(b <= a + 1 for a, b in pairwise(levels)), "no level of headings is left out"
     assert all(a.get("scope") in ("row", "col") for tag, a in tags if tag == "th")
     charts_ = [a for tag, a in tags if tag == "svg" and a.get("aria-hidden") != "true"]
     assert charts_ and all(a["role"] == "img" and a["aria-labelledby"] for a in charts_)
@@ -518,7 +522,7 @@ def test_report_writes_the_page_into_the_folder_and_prints_tables(copies: Runs, 
     assert (code, err) == (0, "")
     page = Path(root(copies)) / "report.html"
     assert f"report: {page}" in out
-    mean = sum(tested(copies["grpo", s], "bleu") for s in SEEDS) / 2
+    mean = sum(score_of(copies["grpo", s], "bleu") for s in SEEDS) / 2
     assert f"{mean:.2f}" in out and f"{mean:.2f}" in page.read_text()
     assert cli("report", root(copies), "--baseline", "reinforce", "-o", "x.html")[0] == 0
     assert "Difference to reinforce" in Path("x.html").read_text()
@@ -612,7 +616,7 @@ def test_tables_for_papers_and_programs(runs: Runs, cli: Cli) -> None:
         (m, k) for m in sorted(METHODS) for k in ("chrf", "reward")
     ]
     for row in rows:
-        values = [tested(runs[row["configuration"], s], row["metric"]) for s in SEEDS]
+        values = [score_of(runs[row["configuration"], s], row["metric"]) for s in SEEDS]
         assert float(row["mean"]) == pytest.approx(sum(values) / 2, rel=1e-12)
         assert float(row["high"]) - float(row["mean"]) == pytest.approx(T1 * abs(values[0] - values[1]) / 2, rel=1e-6)
     _, latex, _ = cli("table", "--latex", root(runs))
@@ -629,7 +633,7 @@ def test_tables_for_papers_and_programs(runs: Runs, cli: Cli) -> None:
 def test_bootstrap_intervals_of_two_seeds_reach_from_one_to_the_other(runs: Runs, cli: Cli) -> None:
     _, text, _ = cli("table", "--csv", root(runs), "--metrics", "reward", "--interval", "bootstrap")
     for row in csv.DictReader(io.StringIO(text)):
-        values = [tested(runs[row["configuration"], s], "reward") for s in SEEDS]
+        values = [score_of(runs[row["configuration"], s], "reward") for s in SEEDS]
         assert (float(row["low"]), float(row["high"])) == pytest.approx((min(values), max(values)))
 
 
@@ -647,4 +651,4 @@ def test_a_run_is_read_as_it_is(runs: Runs) -> None:
     run = read(runs["grpo", 1])
     assert (run.name, run.stage, run.seed, run.finished, run.steps, run.problems) == ("grpo", "rl", 1, True, 6, [])
     assert "seed" not in run.settings and not any(k.startswith("run.") for k in run.settings)
-    assert Configuration("x", [run]).values("bleu") == {1: tested(runs["grpo", 1], "bleu")}
+    assert Configuration("x", [run]).values("bleu") == {1: score_of(runs["grpo", 1], "bleu")}
