@@ -101,6 +101,8 @@ class Record:
 
     def total(self, line: Json, kind: str) -> float | None:
         """A running sum at a line of the log: ``seconds`` of all phases but ``evaluate``, ``samples``, or ``tokens/…``."""
+        if line["step"] == 0:
+            return 0.0
         if kind == "seconds":
             spent = [
                 v for k, v in line.items() if k.startswith("seconds/") and k != "seconds/evaluate" and _is_number(v)

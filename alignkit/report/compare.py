@@ -7,7 +7,7 @@ from typing import Any
 from alignkit import metrics
 from alignkit.errors import UserError
 from alignkit.report.collect import Configuration, Json, _is_number
-from alignkit.report.content import Cell, Table, _gap, estimated, label, ledger, metrics_of, same_rows, settings
+from alignkit.report.content import Cell, Table, _gap, estimated, label, metrics_of, same_rows, settings
 from alignkit.report.stats import difference, over_rows
 
 RESAMPLES = 1000
@@ -68,7 +68,40 @@ def compare(a: Configuration, b: Configuration, how: str = "t") -> tuple[list[Ta
     tables += (
         [found] if found else [Table("Settings that differ", ["setting", a.label, b.label], [], ["None but the seed."])]
     )
-    return [*tables, *(t for t in ledger([a, b]) if t.rows)], warnings
+    spent = _ledgers(a, b)
+    return [*tables, *([spent] if spent.rows else [])], warnings
+
+
+def _ledgers(a: Configuration, b: Configuration) -> Table:
+    """What each run of both spent, in a line a phase or sum."""
+    sides_ = [_spent(c) for c in (a, b)]
+    rows = []
+    for key in dict.fromkeys(key for side in sides_ for key in side):
+        mine, other = (side.get(key) for side in sides_)
+        cells = [
+            Cell("–") if x is None else Cell(f"{x:,.1f}" if key.startswith("seconds") else f"{x:,.0f}")
+            for x in (mine, other)
+        ]
+        rows.append([Cell(key), *cells, Cell(f"{other / mine:.2f}" if mine and other is not None else "–")])
+    return Table("What a run cost", ["", a.label, b.label, "ratio"], rows, ["Means over seeds; of memory the highest."])
+
+
+def _spent(c: Configuration) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for run in c.finished:
+        kinds: Json = {
+            "seconds": run.result.get("seconds"),
+            "peak MB": run.result.get("peak_mb"),
+            "tokens": run.result.get("tokens"),
+        }
+        for kind, values in kinds.items():
+            for name, value in values.items() if isinstance(values, dict) else ():
+                if _is_number(value):
+                    found.setdefault(f"{kind} {name}", []).append(value)
+        for name in ("steps", "samples"):
+            if _is_number(run.result.get(name)):
+                found.setdefault(name, []).append(run.result[name])
+    return {key: max(x) if key.startswith("peak") else sum(x) / len(x) for key, x in found.items()}
 
 
 def _notes(a: Configuration, b: Configuration) -> list[str]:

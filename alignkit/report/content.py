@@ -218,13 +218,33 @@ def headline(configurations: list[Configuration], how: str = "t") -> Table:
 def against_start(configurations: list[Configuration], how: str) -> Table:
     """After less before, paired by seed."""
     names = metrics_of(configurations, "before")
-    rows = []
+    rows, singles = [], False
     for c in configurations:
-        gaps = [difference(c.values(m), c.values(m, "before"), how) for m in names]
+        gaps = [_change(c, m, how) for m in names]
         if any(gaps):
             rows.append([Cell(c.label), *(_gap(gap, m) for gap, m in zip(gaps, names, strict=True))])
+            singles |= len(c.finished) == 1
     notes = ["After less before, paired by seed [95 % interval]. Grey, “noise”: the interval holds 0."]
+    if singles:
+        notes.append("With one seed the interval is over held-out rows, and says nothing about other seeds.")
     return Table("Change from the start", ["configuration", *map(label, names)], rows, notes)
+
+
+def _change(c: Configuration, metric: str, how: str) -> Estimate | None:
+    """After less before; of one seed with the paired interval over rows that the run itself gives."""
+    gap = difference(c.values(metric), c.values(metric, "before"), how)
+    if gap is None or gap.low is not None:
+        return gap
+    cell = next(
+        (
+            x
+            for run in c.finished
+            if isinstance(x := _at(run.result, "evaluation", "after", "difference", metric), dict)
+        ),
+        {},
+    )
+    low, high = cell.get("low"), cell.get("high")
+    return Estimate(gap.mean, low, high, 1, paired=True) if _is_number(low) and _is_number(high) else gap
 
 
 def against_baseline(configurations: list[Configuration], baseline: Configuration, how: str) -> Table:
@@ -264,7 +284,10 @@ def training(configurations: list[Configuration], how: str) -> Table:
     for c, each in found:
         if each:
             best = [b.get("step") for run in c.finished if isinstance(b := run.result.get("best"), dict)]
-            values = [estimated(dict(enumerate(x[m] for x in each if _is_number(x.get(m)))), m, how) for m in names]
+            values = [
+                estimated(dict(enumerate(x[m] for x in each if _is_number(x.get(m)))), _as_logged(m), how)
+                for m in names
+            ]
             rows.append(
                 [
                     Cell(c.label),
@@ -276,7 +299,9 @@ def training(configurations: list[Configuration], how: str) -> Table:
     notes = [
         "Logged at the step that gave the final weights; the best step is the one of the best dev value (0: the start)."
     ]
-    return Table("At the final weights", ["configuration", "steps", "best step", *map(label, names)], rows, notes)
+    return Table(
+        "At the final weights", ["configuration", "steps", "best step", *map(logged_label, names)], rows, notes
+    )
 
 
 def same_rows(a: Configuration, b: Configuration) -> bool:
@@ -305,7 +330,7 @@ def curve(configurations: list[Configuration], key: str, x: str = "step") -> Cur
                 lines.append(
                     Series(text, [p[s][0] for s in sorted(p)], [p[s][1] for s in sorted(p)], colour=i, thin=True)
                 )
-    return Curve(label(key), BUDGETS.get(x, x), lines)
+    return Curve(logged_label(key), BUDGETS.get(x, x), lines)
 
 
 def _points(run: Record, key: str, x: str) -> dict[int, tuple[float, float]]:
@@ -408,7 +433,7 @@ def _lists(value: Any, path: str = "") -> list[tuple[str, list[Json]]]:
 
 def _columns(records: list[Json]) -> tuple[list[str], list[list[Cell]]]:
     keys = list(dict.fromkeys(k for one in records for k in one))
-    return ["", *keys], [
+    return ["no.", *keys], [
         [Cell(str(i)), *(Cell(_plain(one.get(k))) for k in keys)] for i, one in enumerate(records[:64], 1)
     ]
 
@@ -459,13 +484,21 @@ def _metric(c: Configuration) -> str | None:
 
 
 def _sentences(configurations: list[Configuration], baseline: Configuration, select: str | None, how: str) -> list[str]:
-    """Who is ahead of the baseline by the selected metric, or that noise hides it."""
+    """By the selected metric: who has left its start and who is ahead of the baseline, or that noise hides it."""
     names = metrics_of(configurations)
     metric = select if select in names else names[0] if names else None
-    if metric is None or not baseline.values(metric):
+    if metric is None:
         return []
     found, singles = [], list[str]()
     for c in configurations:
+        gap = _change(c, metric, how)
+        if gap is not None and gap.low is not None:
+            amount = f"{label(metric)} {_with_bounds(gap.mean, gap.low, gap.high, metric, sign=True)}"
+            over = f"over {gap.n} seeds" if gap.n > 1 else "over the held-out rows of one seed"
+            found.append(
+                f"{c.label} against its start: {amount} {over}" + ("." if gap.clear else ", which is within noise.")
+            )
+    for c in configurations if baseline.values(metric) else ():
         gap = (
             difference(c.values(metric), baseline.values(metric), how)
             if c is not baseline and same_rows(c, baseline)
@@ -622,6 +655,15 @@ def label(name: str) -> str:
         against, _, judge = tail.rpartition("/")
         return f"{'wins' if head == 'win_rate' else 'wins at equal length'} against {against} by {judge} %"
     return LABELS.get(name, name.replace("_", " ")) + (" %" if head == "section" else "")
+
+
+def logged_label(key: str) -> str:
+    """A measure of the log in words: what is per cent on held-out rows is a share in training."""
+    return label(key) if key.startswith("dev/") else label(key).removesuffix(" %")
+
+
+def _as_logged(key: str) -> str:
+    return key if key.startswith("dev/") else f"logged {key}"  # a share has three digits
 
 
 def digits(name: str) -> int:
