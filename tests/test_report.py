@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
 import math
+import random
 import re
 import shutil
 import subprocess
@@ -14,9 +16,11 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from reporting import METHODS, SEEDS, Runs, logged, make_runs, result_of, score_of
 from running import SMALL_SFT, lines, train
 
@@ -368,6 +372,55 @@ def test_a_damaged_run_gives_warnings_and_the_others_their_numbers(copies: Runs,
         copies["grpo", 1] / file
     ).name.endswith((".json", ".jsonl", ".yaml")):
         assert any(file in w for w in report.warnings), report.warnings
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value inside, containers before what they contain."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, item in items for place in ((*path, key), *_places(item, (*path, key)))]
+
+
+def _replace(value: Any, path: tuple[Any, ...], new: Any) -> None:
+    """Unless what contained it has been replaced already."""
+    try:
+        for key in path[:-1]:
+            value = value[key]
+        value[path[-1]] = copy.deepcopy(new)
+    except (LookupError, TypeError):
+        pass
+
+
+OTHERS = (None, 3, -0.5, "x", [], {}, [1, "a"], [{"b": [2]}], {"value": "y"}, True)
+FILES = (
+    "result.json",
+    "config.yaml",
+    "data.json",
+    "environment.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "outputs-after.jsonl",
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_values_of_any_type_anywhere_do_no_harm(copies: Runs, name: str) -> None:
+    """A newer or older alignkit may write other things: each file with values at random places replaced."""
+    rng, path = random.Random(name), copies["reinforce", 0] / name
+    text = path.read_text()
+    whole = (
+        yaml.safe_load(text)
+        if name.endswith("yaml")
+        else [json.loads(x) for x in ([text] if name.endswith("json") else text.splitlines()[:4])]
+    )
+    places = _places(whole)
+    for _ in range(6):
+        content = copy.deepcopy(whole)
+        for place in rng.sample(places, 4):
+            _replace(content, place, rng.choice(OTHERS))
+        path.write_text(
+            json.dumps(content) if name.endswith("yaml") else "".join(json.dumps(x) + "\n" for x in content)
+        )
+        assert render(reported(str(path.parent), str(copies["grpo", 0])), "any", rows=2)
 
 
 def test_an_empty_log_and_a_start_that_failed(copies: Runs, tmp_path: Path) -> None:

@@ -93,11 +93,11 @@ class Record:
         return "", {}
 
     @property
-    def held_out(self) -> tuple[Any, ...] | None:
+    def held_out(self) -> tuple[str, ...] | None:
         """What says which rows were measured; None where it is not known."""
         split = self.tested()[0]
         digest = _at(self.data, "sha256", f"data.{split}")
-        return (split, digest, _at(self.config, "evaluate", "rows")) if digest else None
+        return (split, str(digest), str(_at(self.config, "evaluate", "rows"))) if digest else None
 
     def total(self, line: Json, kind: str) -> float | None:
         """A running sum at a line of the log: ``seconds`` of all phases but ``evaluate``, ``samples``, or ``tokens/…``."""

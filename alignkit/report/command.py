@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,7 +54,7 @@ def report(words: list[str]) -> None:
         else (only if len(given.runs) == 1 and only.is_dir() else Path()) / "report.html"
     )
     title = given.title or (f"{only.resolve().name}: report" if len(given.runs) == 1 and only.is_dir() else "Report")
-    page = render(content, title, given.rows)
+    page = render(content, title, given.rows, shlex.join(["alignkit", "report", *words]))
     try:
         write_atomically(file, page)
     except OSError as e:

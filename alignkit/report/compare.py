@@ -6,7 +6,7 @@ from typing import Any
 
 from alignkit import metrics
 from alignkit.errors import UserError
-from alignkit.report.collect import Configuration, Json, _is_number
+from alignkit.report.collect import Configuration, Json, _at, _is_number
 from alignkit.report.content import Cell, Table, _gap, estimated, label, metrics_of, same_rows, settings
 from alignkit.report.stats import difference, over_rows
 
@@ -127,11 +127,14 @@ def _over_rows(a: Configuration, b: Configuration) -> tuple[dict[str, Any], str]
             {},
             "the outputs do not answer the same rows in the same order, so there is no interval over held-out rows.",
         )
-    before, after = ([_statistics(pair[i]) for pair in both] for i in (0, 1))
+    try:
+        before, after = ([_statistics(pair[i]) for pair in both] for i in (0, 1))
+    except (TypeError, ValueError, KeyError, AttributeError, UserError) as e:  # of damaged files
+        return {}, f"the outputs cannot be measured ({e}), so there is no interval over held-out rows."
     if not before[0].stats or not after[0].stats:
         return {}, ""
-    resamples = pairs[0][0].config.get("evaluate", {}).get("bootstrap") or RESAMPLES
-    return over_rows(before, after, resamples), ""
+    resamples = _at(pairs[0][0].config, "evaluate", "bootstrap")
+    return over_rows(before, after, resamples if isinstance(resamples, int) and resamples > 0 else RESAMPLES), ""
 
 
 def _statistics(entries: list[Json]) -> metrics.Sentences:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,12 @@ STEPS, PER_STEP = 6, 3  # samples over time
 PLOTS = ("trajectories.svg", "losses.svg")  # of stage select
 
 
-def render(report: Report, title: str, rows: int = 40) -> str:
+def render(report: Report, title: str, rows: int = 40, command: str = "") -> str:
     """The page.
 
     Args:
         rows: held-out rows whose outputs are shown, the first of the data: nobody has picked them.
+        command: what makes the page again.
     """
     script, style = ((HERE / name).read_text(encoding="utf-8").strip() for name in ("search.js", "style.css"))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -56,7 +56,7 @@ def render(report: Report, title: str, rows: int = 40) -> str:
         plots={stage.name: list(plots(stage)) for stage in report.stages},
         runs=_runs(report), environment=_environment(every), sources=_sources(every),
         histories=[(str(run.folder), run.starts) for run in every if run.starts], slug=_slug,
-        how=shlex.join(["alignkit", "report", *sorted({str(run.folder) for run in every if run.pipeline is None})[:8]]),
+        command=command,
     )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def samples(stage: Stage) -> Iterator[tuple[str, list[tuple[int, list[Json]]]]]:
 
 
 def _sample(one: Json) -> Json:
-    audit = ", ".join(map(str, one.get("audit") or []))
+    audit = text_of(one["audit"]) if one.get("audit") else ""
     return {k: text_of(one.get(k)) for k in ("prompt", "response")} | {
         "score": "–" if one.get("score") is None else text_of(one["score"]), "audit": audit
     }  # fmt: skip
@@ -227,12 +227,16 @@ def _environment(runs: list[Record]) -> Table:
     rows = []
     known = [run.environment for run in runs if run.environment]
     keys: list[tuple[str, ...]] = [("python",), ("platform",), ("processor",), ("cores",), ("gpus",)]
-    keys += [("packages", name) for name in dict.fromkeys(n for e in known for n in (e.get("packages") or {}))]
+    keys += [("packages", name) for name in dict.fromkeys(n for e in known for n in _names(e.get("packages")))]
     for key in keys:
         values = [json.dumps(_at({"e": e}, "e", *key)) for e in known]
         for value in dict.fromkeys(values):
             rows.append([Cell(key[-1]), Cell(value.strip('"')), Cell(str(values.count(value)))])
     return Table("Environment", ["what", "value", "runs"], rows, words=True)
+
+
+def _names(packages: Any) -> list[str]:
+    return list(packages) if isinstance(packages, dict) else []
 
 
 def _sources(runs: list[Record]) -> Table:
@@ -243,7 +247,7 @@ def _sources(runs: list[Record]) -> Table:
             split = what.removeprefix("data.")
             rows = _at(run.data, "rows", split) if what != split else None
             source = str(_at(run.data, "sources", split) or "–") if what != split else "–"
-            key = (what, source, "–" if rows is None else f"{rows:,}", str(digest)[:16])
+            key = (what, source, f"{rows:,}" if isinstance(rows, int) else "–", str(digest)[:16])
             found[key] = found.get(key, 0) + 1
     rows_ = [[*map(Cell, key), Cell(str(n))] for key, n in found.items()]
     return Table("Data", ["what", "source", "rows", "SHA-256", "runs"], rows_, words=True)
