@@ -81,15 +81,15 @@ class Record:
 
     def tested(self, when: str = "after") -> tuple[str, dict[str, Json]]:
         """(split, metric → ``{"value": …}``) of the held-out rows, after training or before."""
-        found: Any = self.result.get("evaluation") or {}
-        if "after" in found or "before" in found:
-            found = found.get(when) or {}
+        found: Any = self.result.get("evaluation")
+        if isinstance(found, dict) and ("after" in found or "before" in found):
+            found = found.get(when)
         elif when == "before":
             found = {}
-        for split in ("test", "dev"):
+        for split in ("test", "dev") if isinstance(found, dict) else ():
             if isinstance(found.get(split), dict):
-                cells = found[split]
-                return split, {k: v for k, v in cells.items() if isinstance(v, dict) and _is_number(v.get("value"))}
+                cells = {name: _numbers_of(cell) for name, cell in found[split].items()}
+                return split, {name: cell for name, cell in cells.items() if "value" in cell}
         return "", {}
 
     @property
@@ -386,6 +386,10 @@ def _at(value: Any, *path: str) -> Any:
     for key in path if len(path) > 1 else path[0].split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _numbers_of(cell: Any) -> Json:
+    return {k: v for k, v in cell.items() if _is_number(v)} if isinstance(cell, dict) else {}
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

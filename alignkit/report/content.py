@@ -577,7 +577,7 @@ def of_runs(c: Configuration) -> list[str]:
         named = {
             str(_at(run.config, "data", split)) for run in c.runs
         }  # where names differ, runs of a seed build on each other
-        if len(named) == 1 and len({d for run in c.runs if (d := _at(run.data, "sha256", f"data.{split}"))}) > 1:
+        if len(named) == 1 and len({str(d) for run in c.runs if (d := _at(run.data, "sha256", f"data.{split}"))}) > 1:
             found.append(f"{c.label}: its runs have the same settings, but the {split} file was not the same.")
     return found
 
