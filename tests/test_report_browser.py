@@ -206,6 +206,9 @@ def test_the_keyboard_reaches_links_folds_and_boxes(desktop: Seen) -> None:
 
 def test_on_paper_nothing_is_cut_off(desktop: Seen) -> None:
     desktop.page.emulate_media(media="print")
+    desktop.page.set_viewport_size({"width": 700, "height": 1000})  # A4 less its margins
+    desktop.open_all()
+    assert desktop.page.evaluate("document.documentElement.scrollWidth") <= 700
     styles: list[Any] = desktop.page.evaluate(
         "[...document.querySelectorAll('.box')].map(b => getComputedStyle(b).overflowX)"
     )
