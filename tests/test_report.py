@@ -663,6 +663,19 @@ def test_compare_says_what_cannot_be_compared(copies: Runs, cli: Cli) -> None:
     assert code == 2 and "configurations" in err and "Name one" in err
 
 
+def test_compare_warns_of_other_ways_to_decode(copies: Runs, cli: Cli) -> None:
+    file = copies["grpo", 0] / "config.yaml"
+    file.write_text(re.sub(r"(?m)^  decode: .*", "  decode: beam", file.read_text()))
+    assert (
+        "not evaluated in the same way: evaluate.decode differ"
+        in cli("compare", str(copies["reinforce", 0]), str(copies["grpo", 0]))[2]
+    )
+    assert any(
+        "Not evaluated as grpo was (evaluate.decode differ): reinforce" in w
+        for w in reported(str(copies["grpo", 0]), str(copies["reinforce", 0])).warnings
+    )
+
+
 def test_compare_of_other_rows_has_no_interval_over_rows(copies: Runs, cli: Cli) -> None:
     path = copies["grpo", 0] / "outputs-after.jsonl"
     path.write_text("".join(json.dumps(x) + "\n" for x in reversed(lines(path))))

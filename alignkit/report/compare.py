@@ -6,8 +6,8 @@ from typing import Any
 
 from alignkit import metrics
 from alignkit.errors import UserError
-from alignkit.report.collect import Configuration, Json, _at, _is_number
-from alignkit.report.content import Cell, Table, _gap, estimated, label, metrics_of, same_rows, settings
+from alignkit.report.collect import Configuration, Json, _at, _is_number, differing
+from alignkit.report.content import DECODING, Cell, Table, _gap, estimated, label, metrics_of, same_rows, settings
 from alignkit.report.stats import difference, over_rows
 
 RESAMPLES = 1000
@@ -43,6 +43,9 @@ def compare(a: Configuration, b: Configuration, how: str = "t") -> tuple[list[Ta
         warnings.append(
             "not the same held-out rows: the numbers stand beside each other, but no difference is computed."
         )
+    keys = [k for k in differing([a.first.settings, b.first.settings]) if k in DECODING]
+    if keys:
+        warnings.append(f"not evaluated in the same way: {', '.join(keys)} differ.")
     rows_of, why = _over_rows(a, b) if comparable else ({}, "")
     if why:
         warnings.append(why)
@@ -99,7 +102,7 @@ def _spent(c: Configuration) -> dict[str, float]:
                 if _is_number(value):
                     found.setdefault(f"{kind} {name}", []).append(value)
         for name in ("steps", "samples"):
-            if _is_number(run.result.get(name)):
+            if run.result.get(name) and _is_number(run.result[name]):
                 found.setdefault(name, []).append(run.result[name])
     return {key: max(x) if key.startswith("peak") else sum(x) / len(x) for key, x in found.items()}
 
