@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 BENCH ?=
 
-.PHONY: demo setup format lint type check test smoke golden bench
+.PHONY: demo setup format lint type check test browser smoke golden bench
 
 demo: setup  ## ESRL on the bundled model and data, test metrics before and after
 	$(BIN)/alignkit train +algo=esrl $(ARGS)
@@ -31,7 +31,11 @@ type: setup
 check: lint type  ## what must be clean at every commit
 
 test: setup  ## all tests
-	$(BIN)/pytest -n 2 $(ARGS)
+	$(BIN)/pytest -n 2 --ignore=tests/test_report_browser.py $(ARGS)
+
+browser: setup  ## the report's page in a real browser; wants chromium (Debian: apt-get install chromium)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	$(BIN)/pytest tests/test_report_browser.py $(ARGS)
 
 smoke: setup  ## each stage's tiny configuration through the real command line
 	$(BIN)/pytest tests/test_smoke.py $(ARGS)

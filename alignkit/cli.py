@@ -1,4 +1,4 @@
-"""The command line: ``alignkit train|evaluate|list|show|doctor``."""
+"""The command line: ``alignkit train|evaluate|report|compare|table|list|show|doctor``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ USAGE = """alignkit: alignment experiments from one configuration
   alignkit train +preset=NAME [key=value …]    run a preset
   alignkit train -m +algo=a,b seed=1,2         sweep, one directory a run
   alignkit evaluate RUN_OR_MODEL [data=NAME]   decode and score held-out rows
+  alignkit report RUN_OR_FOLDER …              runs as one HTML page, and as tables here
+  alignkit compare A B                         settings, results and costs of two runs, with paired differences
+  alignkit table --latex RUN_OR_FOLDER …       results as LaTeX, Markdown (--markdown) or CSV (--csv)
   alignkit list                                methods by stage, presets, models, data, rewards
   alignkit show NAME                           a method's card: idea, settings, example
   alignkit show settings                       what every run takes: model.*, evaluate.*, run.*
@@ -24,7 +27,7 @@ USAGE = """alignkit: alignment experiments from one configuration
 
 RECORD = (".hydra", ".lock", "command.txt", "config.yaml", "environment.json", "data.json", "wandb")
 CONFIG_DIR = ("--config-dir", "-cd")
-VERBS = ("train", "evaluate", "list", "show", "doctor")
+VERBS = ("train", "evaluate", "report", "compare", "table", "list", "show", "doctor")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,6 +53,10 @@ def _dispatch(words: list[str]) -> None:
         train(rest)
     elif verb == "evaluate":
         train(evaluate_words(rest))
+    elif verb in ("report", "compare", "table"):
+        from alignkit.report import command
+
+        getattr(command, verb)(rest)
     elif verb == "list":
         from alignkit.catalog import listing
 
