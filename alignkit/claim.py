@@ -166,14 +166,17 @@ def value(result: dict[str, Any], place: str, step: str = "") -> float | None:
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
-def measure(check: Check, results: dict[str, dict[int, dict[str, Any]]]) -> Found:
-    """The effect over seeds, paired, with a 95 % t interval, and the verdict on it."""
+def measure(check: Check, results: dict[str, dict[int, dict[str, Any]]], seeds: int) -> Found:
+    """The effect over so many seeds, paired, with a 95 % t interval, and the verdict on it: none where a seed is missing."""
     effects, missing = _effects(check, check.of, results)
     if len(effects) < 2:
         where = f" ({missing})" if missing else ""
         return Found("INCONCLUSIVE", f"{len(effects)} seed(s) with both arms, too few for an interval{where}", effects)
     mean, low, high = interval(effects, check.effect)
     found = Found("INCONCLUSIVE", "the interval holds what the effect must be beyond", effects, mean, low, high)
+    if len(effects) < seeds:  # those that fail may be the ones that would have told otherwise
+        found.why = f"{seeds - len(effects)} of {seeds} seeds have no effect: {missing or 'a run failed'}"
+        return found
     if check.budget is not None and (apart := _budget(check, results)):
         found.why = apart
         return found
@@ -184,14 +187,14 @@ def measure(check: Check, results: dict[str, dict[int, dict[str, Any]]]) -> Foun
     elif far < sign * check.bound:
         found.verdict, found.why = "FAIL", "the effect is not there"
     if found.verdict == "PASS" and check.control is not None:
-        _refute(check, results, found, sign)
+        _refute(check, results, seeds, found, sign)
     return found
 
 
-def _refute(check: Check, results: dict[str, dict[int, dict[str, Any]]], found: Found, sign: int) -> None:
+def _refute(check: Check, results: dict[str, dict[int, dict[str, Any]]], seeds: int, found: Found, sign: int) -> None:
     """A control that has the effect too says that the idea is not what does it."""
     control, _ = _effects(check, str(check.control), results)
-    if len(control) < 2:
+    if len(control) < seeds:
         found.verdict, found.why = "INCONCLUSIVE", f"the control {check.control} was not measured"
         return
     mean, low, high = interval(control, check.effect)
@@ -280,7 +283,7 @@ def run(name: str, *, quick: bool, seeds: list[int] | None, root: str, words: li
     claim = load(name, extra)
     seeds = seeds or (claim.quick_seeds if quick else claim.seeds)
     results = runs(claim, seeds, root, [*(claim.quick if quick else []), *words])
-    found = {key: measure(check, results) for key, check in claim.checks.items()}
+    found = {key: measure(check, results, len(seeds)) for key, check in claim.checks.items()}
     folder = Path(root) / "claims" / (f"{name}-quick" if quick else name)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "claim.md", text(claim, found, quick))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ USAGE = """alignkit: alignment experiments from one configuration
   alignkit train +preset=NAME [key=value …]    run a preset
   alignkit train -m +algo=a,b seed=1,2         sweep, one directory a run
   alignkit evaluate RUN_OR_MODEL [data=NAME]   decode and score held-out rows
+  alignkit claim NAME [--quick] [key=value …]  measure again what a paper claims: PASS, FAIL or INCONCLUSIVE
   alignkit list                                methods by stage, presets, models, data, rewards
   alignkit show NAME                           a method's card: idea, settings, example
   alignkit show settings                       what every run takes: model.*, evaluate.*, run.*
@@ -24,7 +26,7 @@ USAGE = """alignkit: alignment experiments from one configuration
 
 RECORD = (".hydra", ".lock", "command.txt", "config.yaml", "environment.json", "data.json", "wandb")
 CONFIG_DIR = ("--config-dir", "-cd")
-VERBS = ("train", "evaluate", "list", "show", "doctor")
+VERBS = ("train", "evaluate", "claim", "list", "show", "doctor")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,6 +52,8 @@ def _dispatch(words: list[str]) -> None:
         train(rest)
     elif verb == "evaluate":
         train(evaluate_words(rest))
+    elif verb == "claim":
+        sys.exit(_claim(rest))
     elif verb == "list":
         from alignkit.catalog import listing
 
@@ -71,6 +75,33 @@ def _dispatch(words: list[str]) -> None:
         sys.exit(1 if wrong else 0)
     else:
         raise UserError(f"'{verb}' is not a command.{suggest(verb, VERBS)}")
+
+
+def _claim(words: list[str]) -> int:
+    """``NAME [--quick] [--seeds 0 1 …] [key=value …]``; the words go to every run, ``run.root`` says where they are kept."""
+    from alignkit import claim
+
+    extra = _use_config_dirs(words)
+    rest = [w for i, w in enumerate(words) if w not in CONFIG_DIR and (not i or words[i - 1] not in CONFIG_DIR)]
+    seeds: list[int] | None = None
+    if "--seeds" in rest:
+        at = rest.index("--seeds")
+        given = list(itertools.takewhile(lambda w: w.lstrip("-").isdigit(), rest[at + 1 :]))
+        if not given:
+            raise UserError("--seeds: give numbers, as in --seeds 0 1 2.")
+        seeds, rest = [int(w) for w in given], rest[:at] + rest[at + 1 + len(given) :]
+    quick, rest = "--quick" in rest, [w for w in rest if w != "--quick"]
+    names = [w for w in rest if "=" not in w and not w.startswith("-")]
+    unknown = [w for w in rest if w.startswith("-")]
+    if len(names) != 1 or unknown:
+        raise UserError(
+            f"claim: {unknown[0]} is no flag; there are --quick and --seeds."
+            if unknown
+            else "claim: name one claim, as in `alignkit claim pcrm --quick`."
+        )
+    roots = [w.partition("=")[2] for w in rest if w.startswith("run.root=")]
+    more = [w for w in rest if w not in names and not w.startswith("run.root=")]
+    return claim.run(names[0], quick=quick, seeds=seeds, root=roots[-1] if roots else "runs", words=more, extra=extra)
 
 
 def train(words: list[str]) -> None:
