@@ -255,6 +255,9 @@ def _left_open(group: str, path: Path, extra: list[Path]) -> list[str]:
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     where = f"algo.{group}" if group in PARTS else group
     found = [f"{where}.{key}" for key, value in content.items() if value == "???"]
+    found += [
+        f"algo.{key}" for key, value in (content.get("algo") or {}).items() if value == "???"
+    ]  # of a method's file
     for entry in content.get("defaults", []):
         if isinstance(entry, str) and entry.startswith("_") and entry != "_self_":
             found += _left_open(group, path.with_name(f"{entry}.yaml"), extra)

@@ -32,7 +32,8 @@ class Classifier(Reader):
         self, model: Any, tokenizer: Any, compute: torch.dtype = torch.float32, max_tokens: int | None = None
     ) -> None:
         super().__init__(model, tokenizer, compute)
-        self.limit = min(max_tokens or self.max_positions, self.max_positions)  # tokens of a text that are read
+        kept = int(min(tokenizer.model_max_length, self.max_positions))  # as the model was saved
+        self.limit = min(max_tokens or kept, self.max_positions)  # tokens of a text that are read
         config = model.config
         self.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
 
@@ -47,6 +48,11 @@ class Classifier(Reader):
         mask = torch.ones_like(labels, dtype=torch.bool)
         group = torch.arange(len(rows), device=self.device)
         return Batch(prompt_ids, prompt_mask, labels, mask, group, rows, [row["response"] for row in rows])
+
+    def save(self, path: Path) -> None:
+        """Write a plain ``AutoModelForSequenceClassification`` folder, whose tokenizer knows how much of a text is read."""
+        self.tokenizer.model_max_length = self.limit
+        super().save(path)
 
     def seen(self, batch: Batch, layers: Sequence[int] = ()) -> Seen:
         """Logits (B, C) and hidden states of every token of the text."""
@@ -154,7 +160,10 @@ def load(
             )
         if labels is not None:
             classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-            others.append(classifies and [config.id2label.get(i) for i in range(config.num_labels)] != labels)
+            own = [config.id2label.get(i) for i in range(config.num_labels)] if classifies else []
+            if sorted(map(str, own)) == sorted(labels):  # the same ones: their order stays the path's
+                return AutoModelForSequenceClassification
+            others.append(classifies)
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}

@@ -120,7 +120,7 @@ class Run:
     def optimizer(self, policy: Any, algo: Any, steps: int, fresh: bool = False) -> torch.optim.Optimizer:
         """Fused AdamW over what is trained, a group for the model, a critic and what stands beside it, with the state of the
         checkpoint that is resumed (unless ``fresh``)."""
-        if algo.warmup >= steps:
+        if algo.warmup >= steps and not fresh:  # said before
             print(f"warning: algo.warmup={algo.warmup} is not shorter than the run ({steps} steps).", file=sys.stderr)
         groups = [
             {"params": [p for p in module.parameters() if p.requires_grad]}

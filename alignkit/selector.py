@@ -16,6 +16,7 @@ from alignkit.errors import UserError
 
 SETTINGS = "selector.json"
 WEIGHTS = "selector.safetensors"
+LOSSES = "losses.json"  # what the losses were that the weights are of
 
 
 @dataclass(kw_only=True)
@@ -102,6 +103,14 @@ def load(path: str) -> KSM | Constant:
     except (KeyError, TypeError, ValueError, RuntimeError, OSError) as e:
         raise UserError(f"{file} is damaged, or of another version ({type(e).__name__}: {e}).") from None
     return module.requires_grad_(False)
+
+
+def losses_of(path: str) -> dict[str, Any]:
+    """Settings of the losses with which a selector was learned; empty where they were not kept."""
+    folder = Path(path).expanduser()
+    file = next((f for f in (folder / "final" / LOSSES, folder / LOSSES) if f.is_file()), None)
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    return found
 
 
 def executed(action: Tensor, kind: str, threshold: float) -> Tensor:

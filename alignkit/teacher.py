@@ -64,7 +64,7 @@ class Teacher:
                     known[row["id"]] = [x.cpu().clone() for x in (logits[i], *states)]
             if not start:
                 size = sum(x.numel() * x.element_size() for one in known.values() for x in one)
-                whole = size / len(known) * len(rows) / 2**30
+                whole = size / len(known) * len(rows) / 1e9
                 if whole > limit_gb:
                     raise UserError(
                         f"algo.cache_gb={limit_gb:g}: what the teacher says of {len(rows):,} rows would take about {whole:.1f} "

@@ -41,7 +41,7 @@ SELECTING = {
     "constant_grid": ["+algo=constant_grid"],
     "ksm, soft": ["+algo=ksm"],
     "ksm, hard": ["+algo=ksm", "algo.action=hard"],
-    "ksm, no exploration": ["+algo=ksm", "algo.exploration=0"],
+    "ksm, no bonus": ["+algo=ksm", "algo.exploration=0"],
     "ksm, reward at every step": ["+algo=ksm", "algo.phases={steps}", "algo.updates=3"],
 }
 ONLY_SELECT = ("algo.phases", "algo.reward_rows")
@@ -54,6 +54,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=[*PLAIN, *SELECTING], choices=[*PLAIN, *SELECTING])
     parser.add_argument("--runs", type=int, default=12, help="student trainings that a selection method may spend")
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps of a student training")
+    parser.add_argument(
+        "--offset", type=int, default=100, help="added to the seed of what is reported: selection saw the others"
+    )
     parser.add_argument("--root", default="runs/compare_distill")
     parser.add_argument("--metric", default="accuracy")
     args, words = parser.parse_known_args()
@@ -61,6 +64,8 @@ def main() -> None:
         f"algo.teacher={args.teacher}", f"algo.steps={args.steps}", f"run.root={args.root}", "run.threads=1",
         "run.wandb=disabled", "run.save_every=1000000", *words,
     ]  # fmt: skip
+    if args.runs > len(ConstantGrid().grid):
+        parser.error(f"--runs {args.runs}: the grid has {len(ConstantGrid().grid)} points, so others would train more")
     grid = json.dumps(ConstantGrid().grid[: args.runs]).replace(" ", "")
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in args.seeds:
@@ -75,7 +80,8 @@ def main() -> None:
 def one(arm: str, seed: int, common: list[str], args: argparse.Namespace, grid: str) -> dict[str, Any]:
     """Metrics of the student on test, what it cost, and how the weights went."""
     common = [w.replace("{seed}", str(seed)) for w in common] + [f"seed={seed}"]
-    report = [*(w for w in common if not w.startswith(ONLY_SELECT)), "evaluate.every=0", "evaluate.final=last"]
+    report = [*(w for w in common if not w.startswith((*ONLY_SELECT, "seed="))), f"seed={seed + args.offset}"]
+    report += ["evaluate.every=0", "evaluate.final=last"]
     cost: dict[str, Any] = {"trainings": 1, "seconds": 0.0, "evaluations": 0}
     if arm in PLAIN:
         directory = run([*PLAIN[arm], *report])

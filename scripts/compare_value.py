@@ -4,11 +4,11 @@
     python scripts/compare_value.py --out value --table            # the tables of what is there
 
 The bases are language models of one corpus: instructions on lists of digits, followed by the right answer written backwards
-(``~ 9 8 4 1``, 45 %), by the answer (``= 1 4 8 9``, 25 %) or by nothing (30 %); a tenth of the answers has a faulty digit. So a
-base has the skill, the larger the more, but not the manners: of itself it answers backwards. Post-training shows it a thousand
-instructions with the right answer behind ``=``. Every arm is measured on held-out instructions: exact answers by greedy
-decoding, and nats a token of the right answer. ``asked`` is the base with ``=`` put behind the prompt: what it knows. Everything
-is redone for each seed: bases, value models, the order of the data.
+(``~ 9 8 4 1``, 45 %), by the answer (``= 1 4 8 9``, 25 %) or by nothing (30 %); a tenth of the answers has a faulty digit. (Of the
+instructions themselves, whose digits are random, nothing is learned.) So a base has the skill, the larger the more, but not the
+manners: of itself it answers backwards. Post-training shows it a thousand instructions with the right answer behind ``=``. Every
+arm is measured on held-out instructions: exact answers by greedy decoding, and nats a token of the right answer. ``asked`` is the
+base with ``=`` put behind the prompt: what it knows. All is redone for each seed: bases, value models, the order of the data.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from alignkit.loading import train_tokenizer
 from alignkit.rewards.lists import OPERATIONS, solve
 
 SIZES = {"small": (64, 192), "middle": (128, 384), "large": (192, 576)}  # 0.23M, 0.9M and 2.0M parameters
+RATES = {"small": "4e-3", "middle": "3e-3", "large": "2e-3"}  # of the bases
 RUN = [
     "run.threads=1",
     "run.wandb=disabled",
@@ -49,20 +50,20 @@ VALUES = {
     "value, zero head": ["algo.zero_init_head=true"],
     "value, cascade+": ["algo.connection=cascade_plus"],
 }
-EVERY = ["base", "asked", *VALUES, "proxy", "own SFT"]
+EVERY = ["base", "asked", *VALUES, "proxy", "own SFT", "own SFT, lower rate"]
 
 
 def instruction(rng: random.Random) -> str:
     return f"{rng.choice(list(OPERATIONS))}: {' '.join(str(rng.randrange(10)) for _ in range(rng.randint(3, 5)))}"
 
 
-def document(line: str, rng: random.Random) -> str:
-    """A line of the corpus."""
+def continued(line: str, rng: random.Random) -> str:
+    """What follows an instruction in the corpus."""
     items = solve(line).split()
     if rng.random() < 0.1 and items[0].isdigit():
         items[rng.randrange(len(items))] = str(rng.randrange(10))
     style = rng.choices(["~", "=", ""], [0.45, 0.25, 0.3])[0]
-    return line + {"~": f" ~ {' '.join(items[::-1])}", "=": f" = {' '.join(items)}", "": ""}[style]
+    return {"~": f"~ {' '.join(items[::-1])}", "=": f"= {' '.join(items)}", "": ""}[style]
 
 
 def prepare(out: Path) -> None:
@@ -74,11 +75,13 @@ def prepare(out: Path) -> None:
     while len(unique) < 2000:
         unique[instruction(rng)] = None
     rows = [{"prompt": line, "response": f"= {solve(line)}", "answer": solve(line)} for line in unique]
-    corpus = [line for line in (instruction(rng) for _ in range(52_000)) if line not in unique]
-    texts = [{"prompt": "", "response": document(line, rng)} for line in corpus]
+    corpus = [line for line in (instruction(rng) for _ in range(42_000)) if line not in unique]
+    texts = [{"prompt": line, "response": continued(line, rng)} for line in corpus]
     for name, part in (("test", rows[:1000]), ("post", rows[1000:]), ("pre", texts)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    train_tokenizer([row["response"] for row in texts[:2000]], 320).save_pretrained(out / "tokenizer")
+    train_tokenizer([f"{row['prompt']} {row['response']}" for row in texts[:2000]], 320).save_pretrained(
+        out / "tokenizer"
+    )
 
 
 def shape(size: str) -> list[str]:
@@ -110,21 +113,18 @@ class Experiment:
 
     def base(self, size: str) -> Path:
         data = [*ROWS, f"data.train={self.out}/pre.jsonl", f"model.tokenizer={self.out}/tokenizer"]
-        rate = [
-            "algo.steps=400",
-            "algo.batch_size=128",
-            "algo.warmup=50",
-            f"algo.lr={'3e-3' if size == 'small' else '2e-3'}",
-        ]
+        rate = ["algo.steps=300", "algo.batch_size=128", "algo.warmup=50", f"algo.lr={RATES[size]}"]
         return self.command(f"base {size}", "+algo=sft", *shape(size), *data, *rate)
 
     def post(self, name: str, *words: str) -> Path:
         """SFT and value models: one recipe."""
         rate = ["algo.steps=150", "algo.batch_size=32", "algo.warmup=20", "algo.lr=1e-3"]
-        return self.command(name, *words, *ROWS, f"data.train={self.out}/post.jsonl", *rate)
+        return self.command(name, *ROWS, f"data.train={self.out}/post.jsonl", *rate, *words)
 
-    def tuned(self, size: str) -> Path:
-        return self.post(f"sft {size}", "+algo=sft", f"model.path={self.base(size)}")
+    def tuned(self, size: str, lower: bool = False) -> Path:
+        """With its weights at 4e-4 too: what is a good rate for the small one need not be for the large one."""
+        words = ["+algo=sft", f"model.path={self.base(size)}"]
+        return self.post(f"sft lower {size}", *words, "algo.lr=4e-4") if lower else self.post(f"sft {size}", *words)
 
     def value(self, arm: str) -> Path:
         """Trained on the smallest base, and from its weights where it is not said otherwise."""
@@ -136,8 +136,8 @@ class Experiment:
 
     def measure(self, size: str, arm: str) -> None:
         base, rows = self.base(size), ROWS
-        if arm == "own SFT":
-            words = [f"model.path={self.tuned(size)}"]
+        if arm.startswith("own SFT"):
+            words = [f"model.path={self.tuned(size, lower=arm != 'own SFT')}"]
         elif arm == "proxy":
             words = [
                 f"model.path={base}",
@@ -182,6 +182,7 @@ def table(out: Path, seeds: list[int], metric: str, digits: int, less: str | Non
                 values = {seed: values[seed] - other[seed] for seed in values if seed in other}
             spread = f" ± {statistics.stdev(values.values()):.{digits}f}" if len(values) > 1 else ""
             sign = "+" if less else ""
+            spread += f" ({len(values)})" if len(values) < len(seeds) else ""  # not all are there yet
             cells.append(f"{statistics.mean(values.values()):{sign}.{digits}f}{spread}" if values else "")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

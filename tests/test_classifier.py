@@ -269,3 +269,19 @@ def test_texts_that_are_cut_are_told(tmp_path: Path, capsys: pytest.CaptureFixtu
         "warning: 1 of 10 training texts have more than 12 tokens and are cut (algo.max_tokens)"
         in capsys.readouterr().err
     )
+
+
+def test_a_teachers_order_of_labels_is_taken_over(tmp_path: Path) -> None:
+    """Models of the hub do not have their labels in the alphabet's order."""
+    from alignkit.algos.kd import KD
+
+    backwards = classifier.load(Model(config=BERT, vocab_size=300, device="cpu"), 3, TEXTS, LABELS[::-1])
+    backwards.save(tmp_path)
+    rows = rows_of(12)
+    for cfg in (Model(config=BERT, device="cpu"), Model(path=str(tmp_path), device="cpu")):
+        algo = KD(teacher=str(tmp_path))
+        algo.prepare(rows, ("response",))
+        student = algo.build(cfg, 0, TEXTS, None)
+        assert student.labels == LABELS[::-1]
+        assert student.demonstrations(rows[:1]).response_ids.item() == LABELS[::-1].index(rows[0]["response"])
+    assert torch.equal(student.model.classifier.weight, backwards.model.classifier.weight)

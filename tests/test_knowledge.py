@@ -229,6 +229,39 @@ def test_which_layers_look_at_which(learns: Any, kind: str, depths: tuple[int, i
 
 
 @every_kind
+@pytest.mark.parametrize(
+    ("how", "student_depth", "layers"),
+    [("last", 2, [(1, 3), (2, 4)]), ("first", 2, [(1, 1), (2, 2)]), ("last", 1, [(0, 0), (1, 4)]),
+     ("first", 1, [(0, 0), (1, 1)])],
+)  # fmt: skip
+def test_other_maps_of_layers(learns: Any, kind: str, how: Any, student_depth: int, layers: Any) -> None:
+    """Of a teacher of four; embeddings look at embeddings. With the teacher in memory too."""
+    algo = AllEqual(layer_map=how)
+    student, teacher, rows = learns(algo, kind, deep(kind, student_depth))
+    wanted = torch.cat([four_of(student, teacher, row, layers) for row in rows]).detach()
+    batch = algo.collate(student)(rows)
+    torch.testing.assert_close(algo.knowledge(student, batch)[0][batch.mask].detach(), wanted, rtol=2e-4, atol=2e-5)
+    teacher_in_memory = algo._teacher
+    assert teacher_in_memory is not None
+    teacher_in_memory.ask(rows, algo.collate(teacher), 30, 0.1)
+    torch.testing.assert_close(algo.knowledge(student, batch)[0][batch.mask].detach(), wanted, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("how", ["skip", "last", "first"])
+@every_kind
+def test_the_states_that_a_selection_sees_are_the_last_ones(learns: Any, kind: str, how: Any) -> None:
+    """Mean over the rows of [CLS], or of each row's mean state, whichever layers are compared."""
+    algo = AllEqual(layer_map=how, micro_tokens=15)
+    student, teacher, rows = learns(algo, kind)
+    found = algo.states(student, algo.collate(student)(rows))
+    for x, reader in zip(found, (student, teacher), strict=True):
+        last = [alone(reader, row)[1][-1].detach() for row in rows]
+        torch.testing.assert_close(
+            x, torch.stack([h[0] if kind == "bert" else h.mean(0) for h in last]).mean(0), rtol=2e-4, atol=2e-5
+        )
+
+
+@every_kind
 def test_a_student_of_one_layer_relates_it_to_the_embeddings(learns: Any, kind: str) -> None:
     """The embeddings are in the relation, never in the features."""
     algo = AllEqual()

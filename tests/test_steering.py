@@ -332,6 +332,21 @@ def test_the_value_model_alone_is_saved_and_comes_back(steered, rows, tmp_path) 
     assert torch.equal(policy.forward(policy.demonstrations(rows(3))), before)
 
 
+def test_a_map_is_read_from_its_file(mapped, rows, tmp_path) -> None:
+    base, value, lead = mapped
+    base.save(tmp_path / "base")
+    value.save(tmp_path / "value")
+    lead.save(tmp_path / "map.safetensors")
+    steer = Steer(value=str(tmp_path / "value"), map=str(tmp_path / "map.safetensors"))
+    policy = load(Model(path=str(tmp_path / "base"), device="cpu", steer=steer), 0)
+    batch = base.demonstrations(rows(3))
+    assert torch.equal(policy.forward(batch), Steered(base, value, Trained(), map=lead).forward(batch))
+    with pytest.raises(
+        UserError, match=r"model\.path=.*base and model\.steer\.value=.*value have different vocabularies"
+    ):
+        load(Model(path=str(tmp_path / "base"), device="cpu", steer=Steer(value=str(tmp_path / "value"))), 0)
+
+
 def test_a_plain_model_is_a_residual_one(build_policy, tmp_path) -> None:
     build_policy("causal").save(tmp_path)
     assert trained_as(str(tmp_path)) == Trained()
@@ -380,14 +395,3 @@ def test_the_commands(tmp_path) -> None:
         "algo.n=2", "algo.max_new_tokens=6", "run.wandb=disabled",
     )  # fmt: skip
     assert result["status"] == "finished"
-
-
-def test_nll_is_a_ratio_of_sums(policy, rows) -> None:
-    """Against the log-probabilities themselves, for a policy that is not steered."""
-    batch = policy.demonstrations(rows(6))
-    logprobs = policy.forward(batch).detach()
-    for i, (nats, tokens) in enumerate(policy.nll(rows(6))):
-        assert tokens == int(batch.lengths[i])
-        assert nats == pytest.approx(-float(logprobs[i].sum()), rel=1e-5)
-    with pytest.raises(UserError, match="held-out row 0 has no response"):
-        policy.nll([{**rows(1)[0], "response": None}])

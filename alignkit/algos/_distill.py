@@ -78,6 +78,10 @@ class Distill(Fit):
             self._labels = classifier.labels_of(rows)
         return rows
 
+    def losses(self) -> dict[str, Any]:
+        """The settings that say what a weight of 1 means."""
+        return {k: getattr(self, k) for k in ("temperature", "features", "layer_map", "loss_scale", "scale_steps")}
+
     def spent(self) -> dict[str, float]:
         """What was spent to find out how to distil, before this run: student trainings, their steps, seconds."""
         return {"student_runs": 0, "steps": 0, "seconds": 0.0}
@@ -97,11 +101,13 @@ class Distill(Fit):
             cfg = replace(cfg, tokenizer=self._of_teacher(lambda: resolve(str(self.teacher))))
         student: Any
         if self.task == "classify":
-            student = classifier.load(cfg, seed, texts, self._labels, checkpoint, self.max_tokens)
+            same = teacher is not None and sorted(teacher.labels) == self._labels
+            labels = teacher.labels if same else self._labels  # in the teacher's order
+            student = classifier.load(cfg, seed, texts, labels, checkpoint, self.max_tokens)
         else:
             student = policy.load(cfg, seed, texts, checkpoint)
         if teacher is not None:
-            self._match(student, teacher)
+            self._match(student, teacher, seed)
             if student.beside is not None and checkpoint:
                 load_model(student.beside, checkpoint / "state" / "beside.safetensors")
         return student
@@ -120,7 +126,7 @@ class Distill(Fit):
         except UserError as e:
             raise UserError(str(e).replace("model.path=", "algo.teacher=", 1)) from None
 
-    def _match(self, student: Reader, teacher: Reader) -> None:
+    def _match(self, student: Reader, teacher: Reader, seed: int) -> None:
         """Refuse a teacher that this student cannot learn from; give the student maps to the teacher's width."""
         if self.task == "classify" and student.labels != teacher.labels:  # type: ignore[attr-defined]
             only = sorted(set(student.labels) ^ set(teacher.labels))  # type: ignore[attr-defined]
@@ -153,7 +159,7 @@ class Distill(Fit):
         self._teacher = Teacher(teacher, list(wanted))
         if self._layers and student.width != teacher.width:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                torch.manual_seed(seed)
                 maps = [torch.nn.Linear(student.width, teacher.width, bias=False) for _ in self._layers]
             student.beside = torch.nn.ModuleList(maps).to(student.device, next(student.model.parameters()).dtype)
 
@@ -172,7 +178,7 @@ class Distill(Fit):
         self._run = run
         if self._teacher is not None and self.cache_gb:
             with run.phase("teacher"):
-                self._teacher.ask(rows, self.collate(self._teacher.reader), self.micro_tokens, self.cache_gb)
+                self._teacher.ask(rows, self.collate(student), self.micro_tokens, self.cache_gb)
 
     # ---- a step --------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,11 @@ class ConstantGrid(Select):
 
     def begin_episode(self, episode: int, episodes: int) -> None:
         super().begin_episode(episode, episodes)
-        self._now = episode
+        self._use(episode)
+
+    def _use(self, point: int) -> None:
+        self._now = point
+        self.fixed = tuple(float(w) for w in self.grid[point])  # type: ignore[misc,assignment]  # the rest is not computed
 
     def weigh(self, student: Any, batch: Batch, generator: torch.Generator) -> Tensor:
         return torch.tensor([float(w) for w in self.grid[self._now]])
@@ -67,4 +71,5 @@ class ConstantGrid(Select):
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
-        self._now, self._best = int(state["now"]), int(state["best"])
+        self._use(int(state["now"]))
+        self._best = int(state["best"])

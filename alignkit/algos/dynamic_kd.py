@@ -17,7 +17,7 @@ from alignkit.scoring import Seen, scatter
 @dataclass(kw_only=True)
 class DynamicKD(Distill):
     """Dynamic KD by uncertainty (arXiv 2109.11295, released code): each row's KL is weighted by the student's entropy,
-    H(p_S) / log C, of its C classes; no gradient through the weight."""
+    H(p_S) / log C, of its C classes; no gradient through the weight (ours)."""
 
     fixed: ClassVar[tuple[float, float, float, float]] = (1.0, 1.0, 0.0, 0.0)
 

@@ -20,9 +20,9 @@ from alignkit.steering import Steered, Trained, part
 
 @dataclass(kw_only=True)
 class InverseValue(Fit):
-    """Inverse value learning: `model` learns what to add to the logits of the frozen `algo.base`, so that the sum follows the demonstrations.
+    """Inverse value learning: a small model learns what to add to a frozen model's logits (arXiv 2410.21027).
 
-    The loss is SFT's under z = b + v, and the size of v where `norm` says so. The value model alone is trained and saved; put it
+    `model` is the value model, `algo.base` the frozen one. The loss is SFT's under z = b + v, and the size of v where `norm` says so. The value model alone is trained and saved; put it
     beside the base, or beside larger models of its family: `alignkit evaluate MODEL model.steer.value=RUN`. Built from scratch
     it takes the base's tokenizer.
     """

@@ -16,6 +16,8 @@ from alignkit.errors import need
 from alignkit.selector import KSM as Module
 from alignkit.selector import Shape
 
+REPLAY = 20_000  # the last so many steps' states, from which the actor learns
+
 
 @dataclass(kw_only=True)
 class KSM(Select):
@@ -34,7 +36,7 @@ class KSM(Select):
     gamma: float = 0.9
     td_form: Literal["standard", "as_summarised"] = "standard"  # r + gamma Q', or gamma r + Q' as the summary writes it
     credit: Literal["phase", "uniform"] = "phase"  # one transition a phase, or one a step with its share of the reward
-    exploration: float = 0.05  # eta: weight of the bonus for actions that are new
+    exploration: float = 0.05  # eta: weight of the bonus for actions that are new, beside drops of the loss in nats
     sigma: float = 0.2  # deviation of the noise on actions in the first episode …
     sigma_end: float = 0.02  # … and in the last, geometrically between
     hidden: int = 128  # width of the networks
@@ -96,7 +98,8 @@ class KSM(Select):
         mean = weights.mean(0)
         bonus = self._bonus(weights, mean)
         reward = before - after + self.exploration * bonus
-        self._seen = _joined(self._seen, {"student": ours, "teacher": theirs})
+        seen = _joined(self._seen, {"student": ours, "teacher": theirs})
+        self._seen = {k: v[-REPLAY:] for k, v in seen.items()}
         steps = slice(None) if self.credit == "uniform" else slice(0, 1)
         size = len(weights) if self.credit == "uniform" else 1
         now = {

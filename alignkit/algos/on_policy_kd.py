@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from alignkit import losses
 from alignkit.algos._distill import Distill
@@ -70,7 +69,4 @@ class OnPolicyKD(Distill):
             student.seen(batch).logits, self._teacher.seen(batch).logits, self.beta, self.temperature
         )
         count = float(batch.mask.sum())
-        return Loss(found.sum(), count, {"divergence": float(found.detach().mean()), "length": count / len(batch)})
-
-    def weigh(self, student: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-        return torch.tensor([0.0, 1.0, 0.0, 0.0])
+        return Loss(found.sum(), count, {"divergence": float(found.detach().mean())})

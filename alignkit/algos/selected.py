@@ -28,6 +28,15 @@ class Selected(Distill):
 
     def prepare(self, rows: list[Row], sides: tuple[str, ...]) -> list[Row]:
         self._selector = selector.load(self.selector)
+        if isinstance(self._selector, Constant):
+            self.fixed = tuple(self._selector.of)  # type: ignore[misc,assignment]
+        learned = selector.losses_of(self.selector)
+        apart = [f"algo.{k}={v}" for k, v in learned.items() if self.losses().get(k) != v]
+        if apart:
+            raise UserError(
+                f"algo.selector={self.selector}: was learned with {', '.join(apart)}; with other losses its weights would mean "
+                f"something else. Give the same."
+            )
         return super().prepare(rows, sides)
 
     def build(self, cfg: Any, seed: int, texts: list[str], checkpoint: Any) -> Any:
@@ -42,7 +51,8 @@ class Selected(Distill):
         return student
 
     def spent(self) -> dict[str, float]:
-        file = Path(self.selector).expanduser() / "result.json"
+        folder = Path(self.selector).expanduser().resolve()
+        file = (folder.parent if folder.name == "final" else folder) / "result.json"
         if not file.is_file():  # a selector that was moved away from its run
             return super().spent()
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -50,5 +60,5 @@ class Selected(Distill):
 
     def weigh(self, student: Any, batch: Batch, generator: torch.Generator) -> Tensor:
         if isinstance(self._selector, Constant):
-            return torch.tensor(self._selector.of)
+            return super().weigh(student, batch, generator)
         return self._selector.weights(*self.states(student, batch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from alignkit.config import Evaluate
 from alignkit.data import Data, Row
 from alignkit.decode import Decode
 from alignkit.errors import UserError, suggest
+from alignkit.loading import resolve
 from alignkit.policy import Policy, load
 from alignkit.protocols import answers
 from alignkit.rewards import scores_of
@@ -155,6 +157,11 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: None, reward: Any) -> dict[
     if not held_out.rows[split]:
         raise UserError("evaluate: the data have neither test nor dev rows. Set data.test.")
     policy = load(OmegaConf.to_object(cfg.model), cfg.seed)  # type: ignore[arg-type]
+    if cfg.model.steer.value is None and (Path(resolve(cfg.model.path)) / "value.json").is_file():
+        run.progress.say(
+            f"warning: {cfg.model.path} is a value model, which was trained to add to another one's logits: measured alone it says "
+            f"little. Put it beside one: alignkit evaluate MODEL model.steer.value={cfg.model.path}"
+        )
     tables = held_out.test(policy, split, split)
     result = {
         "status": "finished", "stage": "evaluate", "name": cfg.name, "seed": cfg.seed, "model": cfg.model.path,

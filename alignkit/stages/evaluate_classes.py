@@ -24,6 +24,7 @@ class HeldOutClasses:
         """``teacher``: how often the classifier says what it says is measured too."""
         self.cfg, self.run, self.teacher = cfg, run, teacher
         self.decoded: list[Batch] = []  # as a policy's held-out rows have it: a classifier writes nothing to be audited
+        self._taught: dict[str, list[int | None]] = {}  # split → what the teacher says of its rows, asked once
         self.rows = {split: data.rows(split)[: cfg.rows] for split in ("dev", "test")}
         if not cfg.test:
             self.rows["test"] = []
@@ -61,9 +62,9 @@ class HeldOutClasses:
         logprobs = model.logits(rows).log_softmax(-1)
         best = logprobs.argmax(-1)
         nll = -logprobs.gather(1, wanted[:, None])[:, 0]
-        taught: list[int | None] = [None] * len(rows)
-        if self.teacher is not None:
-            taught = self.teacher.logits(rows).argmax(-1).tolist()
+        taught = self._taught.get(split, [None] * len(rows))
+        if self.teacher is not None and split not in self._taught:
+            taught = self._taught[split] = self.teacher.logits(rows).argmax(-1).tolist()
         return [
             {
                 "prompt": row["prompt"],

@@ -18,6 +18,7 @@ from alignkit.data import Data, Row, overlap
 from alignkit.errors import Stopped, UserError
 from alignkit.ops import warmup_decay
 from alignkit.run import Run
+from alignkit.selector import LOSSES
 from alignkit.stages.distill import tell_cut
 
 
@@ -140,6 +141,7 @@ def _finish(
 ) -> dict[str, Any]:
     with run.folder(run.dir / "final") as folder:
         algo.selector().save(folder)
+        (folder / LOSSES).write_text(json.dumps(algo.losses(), indent=2) + "\n", encoding="utf-8")
     _plot(run, found)
     result = {
         "status": "finished", "stage": "select", "name": cfg.name, "seed": cfg.seed, "signature": signature(cfg),

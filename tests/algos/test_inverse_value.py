@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.algos.inverse_value import InverseValue, size
 from alignkit.batch import Batch
-from alignkit.config import Model
+from alignkit.config import Model, Steer
+from alignkit.data import Data
 from alignkit.errors import Stopped, UserError
+from alignkit.policy import load
 from alignkit.run import Run, hash_weights
 from alignkit.steering import Reading, Steered, Trained
 
@@ -204,7 +206,7 @@ def test_what_does_not_fit_is_refused(base, build_policy, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("model", [SMALL_CAUSAL, SMALL_SEQ2SEQ], ids=["causal", "seq2seq"])
-def test_the_value_model_alone_is_trained_and_saved(tmp_path, model) -> None:
+def test_the_value_model_alone_is_trained_and_saved(tmp_path, model, capsys) -> None:
     _, frozen = train(tmp_path, *SMALL_SFT, *model)
     before = hash_weights(frozen / "final")
     held_out = ["evaluate.nll=true", "evaluate.every=3", "evaluate.select=length_ratio"]
@@ -225,9 +227,32 @@ def test_the_value_model_alone_is_trained_and_saved(tmp_path, model) -> None:
         "norm_over": "labels",
         "base": str(frozen),
     }
+    for path, words, warned in ((run, [], True), (frozen, [], False), (run, [f"model.steer.value={run}"], False)):
+        capsys.readouterr()
+        train(tmp_path, "+algo=evaluate", "data=rnnlg", *SMALL_RUN, f"model.path={path}", *words)
+        assert ("is a value model" in capsys.readouterr().err) == warned
     if model is SMALL_CAUSAL:
         value = AutoModelForCausalLM.from_pretrained(run / "final")  # a plain folder
         assert value.config.vocab_size == len(AutoTokenizer.from_pretrained(run / "final"))
+
+
+def test_an_adapter_as_value_model(tmp_path, base) -> None:
+    """Trained on the very model that it stands beside; final/ is whole, and steers."""
+    words = [
+        "model=tiny_causal",
+        f"model.path={base}",
+        "model.lora.r=2",
+        f"algo.base={base}",
+        "algo.lr=1e-2",
+        "run.save_every=2",
+    ]
+    result, run = train(tmp_path, *SMALL_VALUE, *words, "evaluate.nll=true", "evaluate.final=last")
+    cfg = Model(path=str(base), device="cpu", steer=Steer(value=str(run)))
+    policy = load(cfg, 0)
+    rows = Data(test="bundled:rnnlg.test.jsonl", prompt="{da}", response="{ref}", references="refs").rows("test")[:12]
+    found = policy.nll(rows)
+    nats = sum(nats for nats, _ in found) / sum(tokens for _, tokens in found)
+    assert nats == pytest.approx(result["evaluation"]["after"]["test"]["nll"]["value"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_divergence_tends_to_both_kl() -> None:
 def method(student: Policy, teacher: Policy, **settings: Any) -> OnPolicyKD:
     algo = OnPolicyKD(teacher="given", max_new_tokens=6, **settings)
     algo._run = Record()  # type: ignore[assignment]
-    algo._match(student, teacher)
+    algo._match(student, teacher, 0)
     return algo
 
 
