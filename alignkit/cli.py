@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ USAGE = """alignkit: alignment experiments from one configuration
   alignkit report RUN_OR_FOLDER …              runs as one HTML page, and as tables here
   alignkit compare A B                         settings, results and costs of two runs, with paired differences
   alignkit table --latex RUN_OR_FOLDER …       results as LaTeX, Markdown (--markdown) or CSV (--csv)
+  alignkit claim NAME [--quick] [key=value …]  measure again what a paper claims: PASS, FAIL or INCONCLUSIVE
   alignkit list                                methods by stage, presets, models, data, rewards
   alignkit show NAME                           a method's card: idea, settings, example
   alignkit show settings                       what every run takes: model.*, evaluate.*, run.*
@@ -27,7 +29,7 @@ USAGE = """alignkit: alignment experiments from one configuration
 
 RECORD = (".hydra", ".lock", "command.txt", "config.yaml", "environment.json", "data.json", "wandb")
 CONFIG_DIR = ("--config-dir", "-cd")
-VERBS = ("train", "evaluate", "report", "compare", "table", "list", "show", "doctor")
+VERBS = ("train", "evaluate", "claim", "report", "compare", "table", "list", "show", "doctor")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,6 +59,8 @@ def _dispatch(words: list[str]) -> None:
         from alignkit.report import command
 
         getattr(command, verb)(rest)
+    elif verb == "claim":
+        sys.exit(_claim(rest))
     elif verb == "list":
         from alignkit.catalog import listing
 
@@ -78,6 +82,33 @@ def _dispatch(words: list[str]) -> None:
         sys.exit(1 if wrong else 0)
     else:
         raise UserError(f"'{verb}' is not a command.{suggest(verb, VERBS)}")
+
+
+def _claim(words: list[str]) -> int:
+    """``NAME [--quick] [--seeds 0 1 …] [key=value …]``; the words go to every run, ``run.root`` says where they are kept."""
+    from alignkit import claim
+
+    extra = _use_config_dirs(words)
+    rest = [w for i, w in enumerate(words) if w not in CONFIG_DIR and (not i or words[i - 1] not in CONFIG_DIR)]
+    seeds: list[int] | None = None
+    if "--seeds" in rest:
+        at = rest.index("--seeds")
+        given = list(itertools.takewhile(lambda w: w.lstrip("-").isdigit(), rest[at + 1 :]))
+        if not given:
+            raise UserError("--seeds: give numbers, as in --seeds 0 1 2.")
+        seeds, rest = [int(w) for w in given], rest[:at] + rest[at + 1 + len(given) :]
+    quick, rest = "--quick" in rest, [w for w in rest if w != "--quick"]
+    names = [w for w in rest if "=" not in w and not w.startswith("-")]
+    unknown = [w for w in rest if w.startswith("-")]
+    if len(names) != 1 or unknown:
+        raise UserError(
+            f"claim: {unknown[0]} is no flag; there are --quick and --seeds."
+            if unknown
+            else "claim: name one claim, as in `alignkit claim pcrm --quick`."
+        )
+    roots = [w.partition("=")[2] for w in rest if w.startswith("run.root=")]
+    more = [w for w in rest if w not in names and not w.startswith("run.root=")]
+    return claim.run(names[0], quick=quick, seeds=seeds, root=roots[-1] if roots else "runs", words=more, extra=extra)
 
 
 def train(words: list[str]) -> None:

@@ -1,0 +1,298 @@
+"""What a paper claims, measured again: arms, seeds, an effect with its interval, a control that could refute it, a verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignkit.config import conf_dir
+from alignkit.errors import UserError, suggest
+from alignkit.files import write_atomically
+
+VERDICTS = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}  # and what the command exits with
+T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093,
+)  # fmt: skip  # two-sided 95 % quantiles of t for 1, 2, … degrees of freedom
+
+
+@dataclass(kw_only=True)
+class Check:
+    """One sentence of a paper, as a comparison of two arms in one number of ``result.json``."""
+
+    says: str  # the claim in words
+    metric: str  # dotted place in result.json, such as evaluation.after.test.bleu.value
+    of: str  # arm, or arm/step of a pipeline
+    than: str  # what it is compared with
+    direction: str  # higher | lower
+    effect: str = "difference"  # difference (of − than) | ratio (of / than)
+    least: float | None = None  # the effect must be beyond it; null: 0 of a difference, 1 of a ratio
+    budget: str | None = None  # place in result.json that must be equal in both arms, within 5 %
+    control: str | None = None  # an arm without the idea: where it has the effect too, the claim fails
+    paper: str | None = None  # the paper's number and where it stands; null: none was read
+
+    @property
+    def bound(self) -> float:
+        """What the effect must be beyond."""
+        return self.least if self.least is not None else float(self.effect == "ratio")
+
+
+@dataclass(kw_only=True)
+class Claim:
+    """A file of ``conf/claim``."""
+
+    name: str
+    paper: str
+    scale: str  # what is small here
+    arms: dict[str, list[str]]  # name → words of `alignkit train`
+    checks: dict[str, Check]
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    words: list[str] = field(default_factory=list)  # behind those of every arm
+    quick: list[str] = field(default_factory=list)  # behind these, with --quick
+    quick_seeds: list[int] = field(default_factory=lambda: [0, 1])
+    not_reproduced: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Found:
+    """What was measured of a check."""
+
+    verdict: str
+    why: str
+    effects: list[float]  # one a seed
+    mean: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+
+def load(name: str, extra: list[Path] = []) -> Claim:  # noqa: B006
+    """The claim of this name, in the shipped ``conf`` or in a folder of ``--config-dir``.
+
+    Raises:
+        UserError: there is none, or its file is not as it must be; names the key.
+    """
+    files = {p.stem: p for root in (conf_dir(), *extra) for p in sorted((root / "claim").glob("*.yaml"))}
+    if name not in files:
+        raise UserError(f"claim {name}: there is no such claim.{suggest(name, files)} `alignkit list` shows all.")
+    try:
+        raw = yaml.safe_load(files[name].read_text(encoding="utf-8"))
+    except yaml.YAMLError as e:
+        raise UserError(f"{files[name]}: not valid YAML ({' '.join(str(e).split())}).") from None
+    claim: Claim = _built(Claim, {**raw, "checks": {}}, files[name], "")
+    claim.checks = {k: _built(Check, v, files[name], f"checks.{k}.") for k, v in (raw.get("checks") or {}).items()}
+    _refuse(claim, files[name])
+    return claim
+
+
+def _built(cls: Any, raw: Any, file: Path, where: str) -> Any:
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: {where.rstrip('.') or 'the file'} must be keys and values.")
+    known = {f.name for f in fields(cls)}
+    for key in raw:
+        if key not in known:
+            raise UserError(f"{file}: {where}{key}: no such key.{suggest(key, known)}")
+    try:
+        return cls(**raw)
+    except TypeError as e:
+        raise UserError(f"{file}: {where}{str(e).partition('argument')[2].strip(': s')} must be given.") from None
+
+
+def _refuse(claim: Claim, file: Path) -> None:
+    for key, check in claim.checks.items():
+        for end in ("of", "than", "control"):
+            arm = getattr(check, end)
+            if arm is not None and arm.partition("/")[0] not in claim.arms:
+                raise UserError(f"{file}: checks.{key}.{end}: '{arm}' is no arm.{suggest(arm, claim.arms)}")
+        for setting, allowed in (("direction", ("higher", "lower")), ("effect", ("difference", "ratio"))):
+            if getattr(check, setting) not in allowed:
+                raise UserError(f"{file}: checks.{key}.{setting}: must be {' or '.join(allowed)}.")
+    if not claim.checks:
+        raise UserError(f"{file}: checks: there is nothing to measure.")
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+def runs(claim: Claim, seeds: list[int], root: str, words: list[str]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Arm → seed → result, of runs that are finished before or now; one that fails is said and left out."""
+    found: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in claim.arms}
+    for seed in seeds:
+        for arm, own in claim.arms.items():
+            print(f"== {claim.name}: {arm}, seed {seed}", file=sys.stderr, flush=True)
+            try:
+                found[arm][seed] = _one([*own, *claim.words, *words, f"seed={seed}", f"run.root={root}"])
+            except UserError as e:
+                print(f"error: {arm}, seed {seed}: {e}", file=sys.stderr, flush=True)
+    return found
+
+
+def _one(words: list[str]) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from alignkit.cli import hydra_words
+    from alignkit.config import register
+    from alignkit.launch import launch
+
+    register()
+    try:
+        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+            return launch(compose("config", hydra_words(words)))
+    except (HydraException, OmegaConfBaseException) as e:
+        raise UserError(str(e).splitlines()[0]) from None
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def value(result: dict[str, Any], place: str, step: str = "") -> float | None:
+    """The number at a dotted place of a result, of a pipeline's step where one is named; None where there is none."""
+    if step:
+        folder = result.get("steps_done", {}).get(step)
+        if folder is None:
+            return None
+        result = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
+    found: Any = result
+    for part in place.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+
+def measure(check: Check, results: dict[str, dict[int, dict[str, Any]]], seeds: int) -> Found:
+    """The effect over so many seeds, paired, with a 95 % t interval, and the verdict on it: none where a seed is missing."""
+    effects, missing = _effects(check, check.of, results)
+    if len(effects) < 2:
+        where = f" ({missing})" if missing else ""
+        return Found("INCONCLUSIVE", f"{len(effects)} seed(s) with both arms, too few for an interval{where}", effects)
+    mean, low, high = interval(effects, check.effect)
+    found = Found("INCONCLUSIVE", "the interval holds what the effect must be beyond", effects, mean, low, high)
+    if len(effects) < seeds:  # those that fail may be the ones that would have told otherwise
+        found.why = f"{seeds - len(effects)} of {seeds} seeds have no effect: {missing or 'a run failed'}"
+        return found
+    if check.budget is not None and (apart := _budget(check, results)):
+        found.why = apart
+        return found
+    sign = 1 if check.direction == "higher" else -1
+    near, far = sorted((sign * low, sign * high))
+    if near > sign * check.bound:
+        found.verdict, found.why = "PASS", ""
+    elif far < sign * check.bound:
+        found.verdict, found.why = "FAIL", "the effect is not there"
+    if found.verdict == "PASS" and check.control is not None:
+        _refute(check, results, seeds, found, sign)
+    return found
+
+
+def _refute(check: Check, results: dict[str, dict[int, dict[str, Any]]], seeds: int, found: Found, sign: int) -> None:
+    """A control that has the effect too says that the idea is not what does it."""
+    control, _ = _effects(check, str(check.control), results)
+    if len(control) < seeds:
+        found.verdict, found.why = "INCONCLUSIVE", f"the control {check.control} was not measured"
+        return
+    mean, low, high = interval(control, check.effect)
+    near = min(sign * low, sign * high)
+    shown = f"{mean:.3g} [{low:.3g}, {high:.3g}]"
+    if near > sign * check.bound:
+        found.verdict, found.why = "FAIL", f"the control {check.control}, without the idea, has the effect too: {shown}"
+    else:
+        found.why = f"the control {check.control} does not show it: {shown}"
+
+
+def _effects(check: Check, arm: str, results: dict[str, dict[int, dict[str, Any]]]) -> tuple[list[float], str]:
+    """(an effect for each seed that both arms have, what is missing)."""
+    effects, missing = [], ""
+    own, other = (results[a.partition("/")[0]] for a in (arm, check.than))
+    for seed in sorted(set(own) & set(other)):
+        pair = [value(r[seed], check.metric, a.partition("/")[2]) for r, a in ((own, arm), (other, check.than))]
+        if pair[0] is None or pair[1] is None:
+            missing = f"no {check.metric} in {arm if pair[0] is None else check.than}"
+            continue
+        if check.effect == "ratio" and (pair[0] <= 0 or pair[1] <= 0):
+            missing = f"{check.metric} is not above 0, so there is no ratio"
+            continue
+        effects.append(pair[0] / pair[1] if check.effect == "ratio" else pair[0] - pair[1])
+    return effects, missing
+
+
+def _budget(check: Check, results: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """What is unequal between the arms though it must be equal; empty where nothing is."""
+    own, other = (results[a.partition("/")[0]] for a in (check.of, check.than))
+    for seed in sorted(set(own) & set(other)):
+        ends = ((own, check.of), (other, check.than))
+        a, b = (value(r[seed], str(check.budget), arm.partition("/")[2]) for r, arm in ends)
+        if a is None or b is None:
+            return f"the budget {check.budget} was not recorded"
+        if abs(a - b) > 0.05 * max(a, b):
+            return f"unequal budgets, seed {seed}: {check.budget} is {a:,.0f} of {check.of}, {b:,.0f} of {check.than}"
+    return ""
+
+
+def interval(effects: list[float], kind: str) -> tuple[float, float, float]:
+    """Mean and 95 % t interval; of ratios the geometric mean and the interval of the logarithms, taken back."""
+    x = [math.log(e) for e in effects] if kind == "ratio" else effects
+    mean = statistics.mean(x)
+    half = T95[min(len(x) - 2, len(T95) - 1)] * statistics.stdev(x) / math.sqrt(len(x))
+    ends = (mean, mean - half, mean + half)
+    return tuple(math.exp(e) for e in ends) if kind == "ratio" else ends  # type: ignore[return-value]
+
+
+# ---- telling --------------------------------------------------------------------------------------------------------
+
+
+def overall(found: dict[str, Found]) -> str:
+    """FAIL where one fails, else INCONCLUSIVE where one is, else PASS."""
+    verdicts = {one.verdict for one in found.values()}
+    return next(v for v in ("FAIL", "INCONCLUSIVE", "PASS") if v in verdicts)
+
+
+def text(claim: Claim, found: dict[str, Found], quick: bool) -> str:
+    """Markdown: a line a check, what the scale is and what was not reproduced."""
+    lines = [f"# {claim.name}: {overall(found)}", "", claim.paper + ("" if not quick else " (quick)"), ""]
+    lines += ["| claim | measured, 95 % interval | seeds | needed | the paper's | verdict |", "|---" * 6 + "|"]
+    for key, one in found.items():
+        check = claim.checks[key]
+        what = f"{check.of} {'/' if check.effect == 'ratio' else '−'} {check.than}"
+        measured = "" if math.isnan(one.mean) else f"{one.mean:.3g} [{one.low:.3g}, {one.high:.3g}] ({what})"
+        needed = f"{'above' if check.direction == 'higher' else 'below'} {check.bound:g}"
+        why = f": {one.why}" if one.why else ""
+        cells = [
+            check.says,
+            measured,
+            str(len(one.effects)),
+            needed,
+            check.paper or "not read",
+            f"**{one.verdict}**{why}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"Scale: {claim.scale}"]
+    if claim.not_reproduced:
+        lines.append("Not reproduced: " + "; ".join(claim.not_reproduced) + ".")
+    return "\n".join(lines) + "\n"
+
+
+def run(name: str, *, quick: bool, seeds: list[int] | None, root: str, words: list[str], extra: list[Path]) -> int:
+    """Measure a claim, write ``claim.md`` and ``claim.json`` below the root, print the table; the exit code."""
+    claim = load(name, extra)
+    seeds = seeds or (claim.quick_seeds if quick else claim.seeds)
+    results = runs(claim, seeds, root, [*(claim.quick if quick else []), *words])
+    found = {key: measure(check, results, len(seeds)) for key, check in claim.checks.items()}
+    folder = Path(root) / "claims" / (f"{name}-quick" if quick else name)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "claim.md", text(claim, found, quick))
+    record = {
+        "claim": claim.name, "quick": quick, "seeds": seeds, "verdict": overall(found),
+        "checks": {key: vars(one) for key, one in found.items()},
+        "runs": {arm: {s: r["directory"] for s, r in each.items()} for arm, each in results.items()},
+    }  # fmt: skip
+    write_atomically(folder / "claim.json", json.dumps(record, indent=2) + "\n")
+    print(text(claim, found, quick))
+    print(f"files: {folder}")
+    return VERDICTS[overall(found)]

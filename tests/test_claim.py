@@ -1,0 +1,196 @@
+"""Claims: the verdict is worked by hand, the runs are real."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from running import SMALL_RUN, SMALL_SEQ2SEQ
+
+from alignkit import claim
+from alignkit.claim import Check
+from alignkit.cli import main
+from alignkit.errors import UserError
+
+
+def results(**arms: list[float]) -> dict[str, dict[int, dict[str, Any]]]:
+    return {
+        arm: {seed: {"evaluation": {"x": {"value": v}}, "steps": 10} for seed, v in enumerate(values)}
+        for arm, values in arms.items()
+    }
+
+
+def check(**settings: Any) -> Check:
+    given = {"says": "s", "metric": "evaluation.x.value", "of": "new", "than": "old", "direction": "higher", **settings}
+    return Check(**given)
+
+
+def test_interval_by_hand() -> None:
+    """1, 2, 3: mean 2, deviation 1, t(2) = 4.303, half 4.303 / sqrt(3) = 2.484."""
+    assert claim.interval([1.0, 2.0, 3.0], "difference") == pytest.approx((2.0, -0.484, 4.484), abs=1e-3)
+    # logarithms 0, ln 4: mean ln 2, deviation ln 4 / sqrt 2, half 12.706 ln 4 / 2 = 8.807
+    assert claim.interval([1.0, 4.0], "ratio") == pytest.approx(
+        (2.0, 2 * math.exp(-8.807), 2 * math.exp(8.807)), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("new", "settings", "verdict"),
+    [
+        ([3.0, 3.1, 2.9], {}, "PASS"),
+        ([3.0, 3.1, 2.9], {"least": 1.5}, "PASS"),
+        ([3.0, 3.1, 2.9], {"least": 2.0}, "INCONCLUSIVE"),  # 2 lies in the interval of the mean 2
+        ([3.0, 3.1, 2.9], {"least": 3.0}, "FAIL"),
+        ([3.0, 3.1, 2.9], {"direction": "lower"}, "FAIL"),
+        ([0.5, 0.6, 0.4], {"direction": "lower"}, "PASS"),
+        ([3.0, 0.1, 0.9], {}, "INCONCLUSIVE"),
+        ([3.0, 3.1, 2.9], {"effect": "ratio"}, "PASS"),
+        ([0.5, 0.5, 0.49], {"effect": "ratio", "direction": "lower", "least": 0.6}, "PASS"),
+        ([3.0], {}, "INCONCLUSIVE"),
+        ([3.0, 3.1, -2.9], {"effect": "ratio"}, "INCONCLUSIVE"),
+    ],
+)
+def test_verdicts(new: list[float], settings: dict[str, Any], verdict: str) -> None:
+    assert claim.measure(check(**settings), results(new=new, old=[1.0, 1.0, 1.0]), len(new)).verdict == verdict
+
+
+def test_effects_are_paired_by_seed() -> None:
+    """Seeds differ by 100, arms by 1: paired it is plain, unpaired it would drown."""
+    found = claim.measure(check(), results(new=[101.0, 201.1, 300.9], old=[100.0, 200.0, 300.0]), 3)
+    assert found.verdict == "PASS"
+    assert found.effects == pytest.approx([1.0, 1.1, 0.9])
+
+
+def test_a_control_that_has_the_effect_refutes_the_claim() -> None:
+    arms = {"new": [3.0, 3.1, 2.9], "old": [1.0, 1.0, 1.0]}
+    refuted = claim.measure(check(control="dummy"), results(dummy=[2.0, 2.1, 1.9], **arms), 3)
+    assert refuted.verdict == "FAIL" and "without the idea" in refuted.why
+    stands = claim.measure(check(control="dummy"), results(dummy=[1.0, 1.2, 0.8], **arms), 3)
+    assert stands.verdict == "PASS" and "does not show it" in stands.why
+    assert claim.measure(check(control="dummy"), results(dummy=[], **arms), 3).verdict == "INCONCLUSIVE"
+
+
+def test_unequal_budgets_decide_nothing() -> None:
+    found = results(new=[3.0, 3.1, 2.9], old=[1.0, 1.0, 1.0])
+    assert claim.measure(check(budget="steps"), found, 3).verdict == "PASS"
+    found["new"][1]["steps"] = 11
+    told = claim.measure(check(budget="steps"), found, 3)
+    assert told.verdict == "INCONCLUSIVE" and "unequal budgets, seed 1: steps is 11 of new, 10 of old" in told.why
+    assert "not recorded" in claim.measure(check(budget="samples"), found, 3).why
+
+
+def test_a_step_of_a_pipeline_is_an_arm(tmp_path: Path) -> None:
+    for step, value in (("a", 5.0), ("b", 2.0)):
+        (tmp_path / step).mkdir()
+        (tmp_path / step / "result.json").write_text(json.dumps({"x": value}), encoding="utf-8")
+    whole = {"all": {s: {"steps_done": {k: str(tmp_path / k) for k in ("a", "b")}} for s in (0, 1)}}
+    found = claim.measure(check(of="all/a", than="all/b", metric="x"), whole, 2)
+    assert found.effects == [3.0, 3.0] and found.verdict == "PASS"
+    assert "no x in all/c" in claim.measure(check(of="all/c", than="all/b", metric="x"), whole, 2).why
+
+
+def test_overall() -> None:
+    one = {v: claim.Found(v, "", []) for v in claim.VERDICTS}
+    assert claim.overall(one) == "FAIL"
+    assert claim.overall({k: one[k] for k in ("PASS", "INCONCLUSIVE")}) == "INCONCLUSIVE"
+    assert claim.overall({"PASS": one["PASS"]}) == "PASS"
+
+
+SHIPPED = sorted(p.stem for p in (claim.conf_dir() / "claim").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_claims_can_be_run(name: str) -> None:
+    """Their words compose, and their pipelines have the steps that they name."""
+    from running import composed
+
+    from alignkit.stages import pipeline
+
+    found = claim.load(name)
+    assert found.name == name
+    for arm, words in found.arms.items():
+        for more in ([], found.quick):
+            cfg = composed([*words, *found.words, *more])
+            if cfg.stage == "pipeline":
+                steps = pipeline.steps(cfg)
+                named = {
+                    end.partition("/")[2]
+                    for c in found.checks.values()
+                    for end in (c.of, c.than, c.control or arm)
+                    if end.partition("/")[0] == arm
+                }
+                assert named - {""} <= set(steps)
+
+
+TINY = {
+    "name": "tiny", "paper": "none", "scale": "tiny",
+    "arms": {"long": ["+algo=sft", "algo.steps=8"], "short": ["+algo=sft", "algo.steps=2"]},
+    "words": ["data=rnnlg", *SMALL_SEQ2SEQ, *SMALL_RUN, "algo.batch_size=8", "evaluate.every=0", "algo.lr=0.02", "algo.warmup=0"],
+    "seeds": [0, 1, 2], "quick_seeds": [0],
+    "checks": {
+        "steps": {"says": "more steps are more steps", "metric": "steps", "of": "long", "than": "short", "direction": "higher", "least": 5.5},
+        "longer": {"says": "fewer steps are more", "metric": "steps", "of": "short", "than": "long", "direction": "higher"},
+    },
+}  # fmt: skip
+
+
+def place(folder: Path, **changes: Any) -> Path:
+    (folder / "claim").mkdir(exist_ok=True)
+    (folder / "claim" / "tiny.yaml").write_text(yaml.safe_dump({**TINY, **changes}), encoding="utf-8")
+    return folder
+
+
+def test_the_command_runs_what_is_missing_and_exits_by_the_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["claim", "tiny", "--config-dir", str(place(tmp_path)), f"run.root={tmp_path}/runs"]
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 1  # one of the two fails
+    told = capsys.readouterr().out
+    assert "# tiny: FAIL" in told and "| more steps are more steps | 6 [6, 6] (long − short) | 3 |" in told
+    record = json.loads((tmp_path / "runs" / "claims" / "tiny" / "claim.json").read_text(encoding="utf-8"))
+    assert record["checks"]["steps"]["verdict"] == "PASS" and record["checks"]["longer"]["verdict"] == "FAIL"
+    assert len(set(record["runs"]["long"].values())) == 3
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--quick"])
+    assert left.value.code == 1 or left.value.code == 2
+    again = capsys.readouterr()
+    assert again.out.count("is finished; nothing to do") == 2  # seed 0 of both arms
+    assert "# tiny: INCONCLUSIVE" in again.out and left.value.code == 2
+
+
+def test_an_arm_that_fails_leaves_the_claim_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = {**TINY["arms"], "short": ["+algo=sft", "algo.steps=0"]}
+    with pytest.raises(SystemExit) as left:
+        main(["claim", "tiny", "--config-dir", str(place(tmp_path, arms=arms, seeds=[0])), f"run.root={tmp_path}/runs"])
+    assert left.value.code == 2
+    told = capsys.readouterr()
+    assert "error: short, seed 0:" in told.err and "steps" in told.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"check": {}}, "check: no such key. Did you mean 'checks'"),
+        ({"checks": {}}, "there is nothing to measure"),
+        ({"checks": {"a": {**TINY["checks"]["steps"], "of": "lang"}}}, "checks.a.of: 'lang' is no arm. Did you mean 'long'"),
+        ({"checks": {"a": {**TINY["checks"]["steps"], "direction": "up"}}}, "must be higher or lower"),
+        ({"checks": {"a": {"says": "x"}}}, "must be given"),
+    ],
+)  # fmt: skip
+def test_a_file_with_a_mistake_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as told:
+        claim.load("tiny", [place(tmp_path, **changes)])
+    assert message in str(told.value) and "tiny.yaml" in str(told.value)
+
+
+def test_an_unknown_claim_is_refused_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["claim", "pcrn"])
+    assert left.value.code == 2
+    assert "there is no such claim. Did you mean 'pcrm'" in capsys.readouterr().err
