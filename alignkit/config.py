@@ -411,8 +411,8 @@ def check(cfg: DictConfig) -> None:
         classifies = task_of(method) == "classify"
         if classifies != (cfg.evaluate.select == "accuracy"):
             wrong.append(
-                f"evaluate.select: of algo.task={'classify' if classifies else 'write'} "
-                f"{'accuracy' if classifies else ', '.join(TEXTS)} picks the best; is '{cfg.evaluate.select}'."
+                f"evaluate.select: with algo.task={'classify' if classifies else 'write'} it must be "
+                f"{'accuracy' if classifies else 'one of ' + ', '.join(TEXTS)}; is '{cfg.evaluate.select}'."
             )
     for step in cfg.more:
         if step not in cfg.steps:

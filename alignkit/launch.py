@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from alignkit import feedback
 from alignkit.config import check, same_settings, same_sources
-from alignkit.data import Data, hash_source, overlap
+from alignkit.data import Data, Row, hash_source, overlap, read
 from alignkit.errors import UserError
 from alignkit.signature import file_of
 
@@ -176,6 +176,13 @@ def _read(cfg: DictConfig, data: Data) -> dict[str, Any]:
         print(f"warning: {n} {split} pairs are left out: both candidates are equally good.", file=sys.stderr)
     record |= {name: found for name, found in (("alike", data.alike), ("ties", data.ties)) if found}
     if "train" in rows:
+        _tell_unused(data, rows["train"])
+        n = overlap(rows["dev"], rows["test"])
+        if n:
+            print(
+                f"warning: {n} of {len(rows['test'])} test prompts stand word for word in dev, which picks the best weights.",
+                file=sys.stderr,
+            )
         record["overlap"] = {split: overlap(rows["train"], rows[split]) for split in ("dev", "test") if rows[split]}
         for split, n in record["overlap"].items():
             if n:
@@ -184,6 +191,19 @@ def _read(cfg: DictConfig, data: Data) -> dict[str, Any]:
                     file=sys.stderr,
                 )
     return record
+
+
+def _tell_unused(data: Data, rows: list[Row]) -> None:
+    """Say that a data set of a run is read through a template that leaves out what the run has written."""
+    if data.train is None or not Path(data.train).is_dir() or data.gives("pairs") or data.messages:
+        return
+    made = next(read(data.train))[1].get("response")
+    if isinstance(made, str) and rows[0]["response"] != made:
+        print(
+            f"warning: {data.train} holds responses that a run has made (column response), but what is learned is "
+            f"data.response={data.response!r}. To learn them set 'data.response=\"{{response}}\"'.",
+            file=sys.stderr,
+        )
 
 
 def fingerprint(

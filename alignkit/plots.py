@@ -38,7 +38,8 @@ def losses(curves: list[list[float]], lines: dict[str, list[float]], file: Path)
     axis.plot(phases, [min(x) for x in zip(*curves, strict=True)], color="black", label="lowest at each phase")
     for name, line in lines.items():
         axis.plot(phases, line, label=name)
-    axis.set(xlabel="phase of an episode", ylabel="loss on reward rows")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel="phase of an episode, the later episodes darker", ylabel="loss on reward rows")
     axis.legend(fontsize=7)
     _save(figure, file)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from distilling import BERT, LABELS, TEXTS, rows_of, stop_at, teacher_in, words_of
-from running import lines, train
+from hydra.utils import instantiate
+from running import composed, lines, train
 
 from alignkit import classifier
 from alignkit.algos.selected import Selected
 from alignkit.config import Model
 from alignkit.errors import Stopped, UserError
+from alignkit.launch import _read
+from alignkit.stages import pipeline
 
 GRID = ["+algo=constant_grid", "algo.grid=[[1,0,0,0],[0,1,0,0],[1,1,1,1]]", "algo.phases=2"]
 
@@ -112,3 +116,35 @@ def test_how_much_of_a_text_is_read_is_saved(tmp_path: Path) -> None:
     assert classifier.load(Model(path=str(tmp_path), device="cpu"), 0, max_tokens=9).limit == 9
     long = [{"id": 0, "prompt": "the good harbour " * 5, "response": "place"}]
     torch.testing.assert_close(again.logits(long), before.logits(long))
+
+
+def test_what_newcomers_are_told(tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A test text that stands in dev, a run's rows whose responses are left out, and mistakes that had no way out."""
+    words = words_of(tmp_path / "d", teacher)
+    test = tmp_path / "d" / "test.jsonl"
+    both = [json.loads(line) for line in (tmp_path / "d" / "dev.jsonl").read_text().split("\n")[:2]]
+    test.write_text(test.read_text() + "".join(json.dumps(row) + "\n" for row in both))
+    train(tmp_path, "+algo=finetune", *words, "evaluate.every=0", "algo.steps=1")
+    assert "warning: 2 of 10 test prompts stand word for word in dev" in capsys.readouterr().err
+
+    made = tmp_path / "made"
+    made.mkdir()
+    rows = [{**row, "response": "made", "label": row["response"]} for row in both]
+    (made / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for template, said in (("'{label}'", True), ("'{response}'", False)):
+        cfg = composed(["+algo=sft", "data=custom", f"data.train={made}", f"data.response={template}"])
+        _read(cfg, instantiate(cfg.data))
+        assert ("To learn them set 'data.response=\"{response}\"'" in capsys.readouterr().err) is said
+
+    with pytest.raises(
+        UserError, match=r"more\.kd: .* are several words; give a list: 'more\.kd=\[\"a=1\", \"b=2\"\]'"
+    ):
+        pipeline.steps(composed(["+preset=ksm_tiny", 'more.kd="a=1 b=2"']))
+    with pytest.raises(UserError, match=r"data\.dev: must be given"):
+        train(tmp_path, *[w for w in words if not w.startswith("data.dev=")], *GRID)
+    other = teacher_in(tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["id2label"]["0"] = "beast"
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"only the teacher has 'beast'; only data\.train has 'animal'"):
+        train(tmp_path, "+algo=kd", *words, f"algo.teacher={other}")

@@ -156,7 +156,7 @@ def test_no_prompt_is_in_both_halves() -> None:
 def test_rows_that_cannot_be_halved() -> None:
     with pytest.raises(UserError, match=r"data\.dev: 1 rows; one half gives the reward, the other selects"):
         halves([{"prompt": "a"}], [])
-    with pytest.raises(UserError, match=r"data\.dev: 0 rows"):
+    with pytest.raises(UserError, match=r"data\.dev: must be given"):
         halves([], [])
     with pytest.raises(UserError, match=r"data\.dev: 4 rows"):
         halves([{"prompt": "a"}] * 4, [])
@@ -349,7 +349,7 @@ def refused(tmp_path: Path, words: list[str]) -> Callable[..., None]:
     ("words_", "message"),
     [(["algo.phases=6"], r"algo\.phases=6: an episode has only 5 steps"),
      (["algo.teacher=null"], r"algo\.teacher: must be given"),
-     (["data.dev=null"], r"data\.dev: 0 rows; one half gives the reward"),
+     (["data.dev=null"], r"data\.dev: must be given: one half of it gives the reward"),
      (["data.train=null"], r"data\.train: the select stage learns from it"),
      (["algo.episodes=0"], r"algo: episodes must be at least 1"),
      (["algo.action=both"], r"algo\.action: must be"),

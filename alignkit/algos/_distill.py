@@ -129,10 +129,15 @@ class Distill(Fit):
     def _match(self, student: Reader, teacher: Reader, seed: int) -> None:
         """Refuse a teacher that this student cannot learn from; give the student maps to the teacher's width."""
         if self.task == "classify" and student.labels != teacher.labels:  # type: ignore[attr-defined]
-            only = sorted(set(student.labels) ^ set(teacher.labels))  # type: ignore[attr-defined]
+            ours, theirs = set(student.labels), set(teacher.labels)  # type: ignore[attr-defined]
+            sides = [
+                f"only {whose} has {', '.join(repr(x) for x in sorted(only)[:5])}{' …' if len(only) > 5 else ''}"
+                for whose, only in (("the teacher", theirs - ours), ("data.train", ours - theirs))
+                if only
+            ]
             raise UserError(
-                f"algo.teacher={self.teacher}: its labels are not those of the training rows (in one of them alone: "
-                f"{', '.join(only[:5]) or 'none, but in another order'}). Train a teacher on the same labels."
+                f"algo.teacher={self.teacher}: its labels are not those of the training rows: "
+                f"{'; '.join(sides) or 'the order is another one'}. Train a teacher on the same labels, or look at data.response."
             )
         if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
             raise UserError(

@@ -61,6 +61,7 @@ class HeldOutClasses:
         wanted = model.demonstrations(rows).response_ids[:, 0].cpu()
         logprobs = model.logits(rows).log_softmax(-1)
         best = logprobs.argmax(-1)
+        sure = logprobs.gather(1, best[:, None])[:, 0].exp()
         nll = -logprobs.gather(1, wanted[:, None])[:, 0]
         taught = self._taught.get(split, [None] * len(rows))
         if self.teacher is not None and split not in self._taught:
@@ -70,11 +71,14 @@ class HeldOutClasses:
                 "prompt": row["prompt"],
                 "label": row["response"],
                 "response": model.labels[b],
+                "probability": p,
                 "accuracy": float(b == w),
                 "label_nll": loss,
                 **({} if t is None else {"agreement": float(t == b)}),
             }
-            for row, b, w, loss, t in zip(rows, best.tolist(), wanted.tolist(), nll.tolist(), taught, strict=True)
+            for row, b, p, w, loss, t in zip(
+                rows, best.tolist(), sure.tolist(), wanted.tolist(), nll.tolist(), taught, strict=True
+            )
         ]
 
     def _stats(self, entries: list[dict[str, Any]]) -> metrics.Sentences:

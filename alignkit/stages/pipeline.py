@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import signal
 import string
 import subprocess
@@ -65,6 +66,9 @@ def steps(cfg: DictConfig) -> dict[str, list[str]]:
     found = {}
     for name, words in given.items():
         added = more.get(name, [])
+        if isinstance(added, str) and re.match(r"\S+=\S+ +\S+=\S", added):
+            listed = ", ".join(f'"{word}"' for word in added.split())
+            raise UserError(f"more.{name}: {added!r} are several words; give a list: 'more.{name}=[{listed}]'.")
         words = [*words, *([added] if isinstance(added, str) else added)]
         found[name] = [
             f"run.dir={directory / name}",

@@ -116,6 +116,8 @@ def halves(dev: list[Row], test: list[Row]) -> tuple[list[Row], list[Row]]:
     Raises:
         UserError: too few of them, or one stands in test too.
     """
+    if not dev:
+        raise UserError("data.dev: must be given: one half of it gives the reward, the other selects.")
     both = overlap(dev, test)
     if both:
         raise UserError(
