@@ -89,7 +89,10 @@ def test_an_unknown_verb(cli: Callable[..., tuple[int, str, str]]) -> None:
     assert cli("evalute") == (2, "", "error: 'evalute' is not a command. Did you mean 'evaluate'?\n")
     code, _, err = cli("+algo=esrl")  # the verb left out
     assert code == 2
-    assert err == "error: '+algo=esrl' is not a command. There is: compare, doctor, evaluate, list, report, show, table, train.\n"
+    assert (
+        err
+        == "error: '+algo=esrl' is not a command. There is: compare, doctor, evaluate, list, report, show, table, train.\n"
+    )
 
 
 @pytest.mark.parametrize("words", [[], ["data=rnnlg"], ["-m", "seed=1,2"]])
