@@ -123,6 +123,12 @@ def test_welch_with_one_degree_of_freedom() -> None:
     assert found.high == pytest.approx(2 + T1, abs=1e-4)
 
 
+def test_welch_takes_each_side_s_own_degrees() -> None:
+    """[1, 3, 5] less [0, 0]: variance of the mean 4/3 with 2 degrees and 0 with 1, so 2."""
+    found = stats.difference({0: 1.0, 1: 3.0, 2: 5.0}, {3: 0.0, 4: 0.0})
+    assert found is not None and found.high == pytest.approx(3 + 4.30265 * math.sqrt(4 / 3), abs=1e-4)
+
+
 def test_a_difference_wants_a_value_on_both_sides() -> None:
     assert stats.difference({}, {0: 1.0}) is None
     assert stats.difference({0: math.nan}, {0: 1.0}) is None
@@ -283,6 +289,17 @@ def test_configurations_of_one_name_are_told_apart_by_what_differs(copies: Runs)
     assert len(set(labels)) == 2 and all(label.startswith("mine ") and "=" in label for label in labels)
     only = differing([{"a": 1, "b": 2, "c": [1]}, {"a": 1, "b": 3}])
     assert only == ["b", "c"]
+
+
+def test_runs_that_start_from_the_run_of_their_seed_are_one_configuration(copies: Runs) -> None:
+    for seed, stamp in zip(SEEDS, ("0a1b2c3d", "4e5f6a7b"), strict=True):
+        file = copies["grpo", seed] / "config.yaml"
+        file.write_text(
+            re.sub(r"(?m)^  path: .*", f"  path: runs/sft-s{seed}-{stamp}/final", file.read_text(), count=1)
+        )
+    assert [len(c.runs) for c in reported(root(copies)).configurations] == [2, 2]
+    file.write_text(file.read_text().replace(f"sft-s{seed}", "sft-s7"))  # of another seed: another start
+    assert [len(c.runs) for c in reported(root(copies)).configurations] == [1, 1, 2]
 
 
 def test_evaluations_count_by_the_seed_of_the_model(runs: Runs, tmp_path: Path) -> None:
@@ -545,6 +562,7 @@ def test_a_chart_has_a_line_a_point_and_words() -> None:
     svg = charts.line_chart("t & u", "step", "y", [line], "c")
     assert "a&lt;b: 1 at step 0, 2 at 2; highest 3 at 1, lowest 1 at 0." in svg
     assert svg.count("<circle") == 3 and "t &amp; u" in svg and 'class="band c0"' in svg
+    assert "a<b" not in svg and "t & u" not in svg
     flat = charts.line_chart("t", "x", "y", [charts.Series("one", [5.0], [0.0])], "d")
     assert "nan" not in flat and "inf" not in flat
 
