@@ -72,6 +72,8 @@ def listing(extra: list[Path] = []) -> str:  # noqa: B006
     for group in ("model", "data", "reward", "critic", "prompt"):
         lines.append(f"{group}:")
         lines += [f"  {group}={name:<20} {_header(path)}" for name, path in options(group, extra).items()]
+    lines.append("claims:")
+    lines += [f"  alignkit claim {name:<14} {_header(path)}" for name, path in options("claim", extra).items()]
     lines += ["", "More of one: alignkit show NAME. Run one: alignkit train +algo=NAME."]
     return "\n".join(lines)
 

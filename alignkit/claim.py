@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 import sys
 from dataclasses import dataclass, field, fields
@@ -17,6 +18,7 @@ from alignkit.errors import UserError, suggest
 from alignkit.files import write_atomically
 
 VERDICTS = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}  # and what the command exits with
+HEAD = ("claim", "measured, 95 % interval", "seeds", "needed", "the paper's", "verdict")
 T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
     2.110, 2.101, 2.093,
@@ -255,31 +257,47 @@ def overall(found: dict[str, Found]) -> str:
 
 def text(claim: Claim, found: dict[str, Found], quick: bool) -> str:
     """Markdown: a line a check, what the scale is and what was not reproduced."""
-    lines = [f"# {claim.name}: {overall(found)}", "", claim.paper + ("" if not quick else " (quick)"), ""]
-    lines += ["| claim | measured, 95 % interval | seeds | needed | the paper's | verdict |", "|---" * 6 + "|"]
+    lines = [f"# {claim.name}: {overall(found)}", "", claim.paper + (" (quick)" if quick else ""), ""]
+    lines += ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows(claim, found)]
+    return "\n".join([*lines, "", *notes(claim)]) + "\n"
+
+
+def rows(claim: Claim, found: dict[str, Found]) -> list[list[str]]:
+    """A line a check, as texts under ``HEAD``."""
+    lines = []
     for key, one in found.items():
         check = claim.checks[key]
         what = f"{check.of} {'/' if check.effect == 'ratio' else '−'} {check.than}"
         measured = "" if math.isnan(one.mean) else f"{one.mean:.3g} [{one.low:.3g}, {one.high:.3g}] ({what})"
         needed = f"{'above' if check.direction == 'higher' else 'below'} {check.bound:g}"
-        why = f": {one.why}" if one.why else ""
-        cells = [
-            check.says,
-            measured,
-            str(len(one.effects)),
-            needed,
-            check.paper or "not read",
-            f"**{one.verdict}**{why}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"Scale: {claim.scale}"]
-    if claim.not_reproduced:
-        lines.append("Not reproduced: " + "; ".join(claim.not_reproduced) + ".")
-    return "\n".join(lines) + "\n"
+        verdict = one.verdict + (f": {one.why}" if one.why else "")
+        lines.append([check.says, measured, str(len(one.effects)), needed, check.paper or "not read", verdict])
+    return lines
+
+
+def notes(claim: Claim) -> list[str]:
+    """At what scale it was measured, and what was not."""
+    missing = "; ".join(claim.not_reproduced)
+    return [f"Scale: {claim.scale}.", *([f"Not reproduced: {missing}."] if missing else [])]
+
+
+def page(claim: Claim, found: dict[str, Found], results: dict[str, dict[int, dict[str, Any]]], command: str) -> str:
+    """The verdicts and the report of the runs behind them, as one HTML file."""
+    from alignkit.report.collect import collect, configurations
+    from alignkit.report.content import Cell, Table, build
+    from alignkit.report.page import render
+
+    runs, warnings = collect([r["directory"] for each in results.values() for r in each.values()])
+    groups, more = configurations(runs)
+    content = build(groups, [*warnings, *more])
+    cells = [[Cell(x, strong=i == len(row) - 1) for i, x in enumerate(row)] for row in rows(claim, found)]
+    content.claims = [Table(claim.paper, list(HEAD), cells, notes(claim), words=True)]
+    return render(content, f"{claim.name}: {overall(found)}", command=command)
 
 
 def run(name: str, *, quick: bool, seeds: list[int] | None, root: str, words: list[str], extra: list[Path]) -> int:
-    """Measure a claim, write ``claim.md`` and ``claim.json`` below the root, print the table; the exit code."""
+    """Measure a claim, write ``claim.html``, ``claim.md`` and ``claim.json`` below the root, print the table; the exit code."""
     claim = load(name, extra)
     seeds = seeds or (claim.quick_seeds if quick else claim.seeds)
     results = runs(claim, seeds, root, [*(claim.quick if quick else []), *words])
@@ -293,6 +311,10 @@ def run(name: str, *, quick: bool, seeds: list[int] | None, root: str, words: li
         "runs": {arm: {s: r["directory"] for s, r in each.items()} for arm, each in results.items()},
     }  # fmt: skip
     write_atomically(folder / "claim.json", json.dumps(record, indent=2) + "\n")
+    if any(results.values()):
+        more = [*(["--quick"] if quick else []), *words, f"run.root={root}"]
+        html = page(claim, found, results, shlex.join(["alignkit", "claim", name, *more]))
+        write_atomically(folder / "claim.html", html)
     print(text(claim, found, quick))
-    print(f"files: {folder}")
+    print(f"files: {folder} (claim.html, claim.md, claim.json)")
     return VERDICTS[overall(found)]

@@ -152,6 +152,8 @@ def test_the_command_runs_what_is_missing_and_exits_by_the_verdict(
         main(words)
     assert left.value.code == 1  # one of the two fails
     told = capsys.readouterr().out
+    html = (tmp_path / "runs" / "claims" / "tiny" / "claim.html").read_text(encoding="utf-8")
+    assert "<h1>tiny: FAIL</h1>" in html and "more steps are more steps" in html and "6 [6, 6] (long − short)" in html
     assert "# tiny: FAIL" in told and "| more steps are more steps | 6 [6, 6] (long − short) | 3 |" in told
     record = json.loads((tmp_path / "runs" / "claims" / "tiny" / "claim.json").read_text(encoding="utf-8"))
     assert record["checks"]["steps"]["verdict"] == "PASS" and record["checks"]["longer"]["verdict"] == "FAIL"

@@ -105,6 +105,7 @@ class Report:
     pipelines: list[Table]
     warnings: list[str]
     alarms: list[str]
+    claims: list[Table] = field(default_factory=list)  # of `alignkit claim`: what was measured and the verdicts
 
 
 def build(
