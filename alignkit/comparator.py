@@ -24,7 +24,7 @@ class Comparator:
     orders and averaged; a response's score is its comparison with an anchor, the row's first reference.
     """
 
-    critic = None  # as the supervised loop asks of a policy
+    critic = beside = None  # as the supervised loop asks of a policy
     scalar = False  # scores depend on the anchor, so margins are not their differences
     mean, std = 0.0, 1.0
 

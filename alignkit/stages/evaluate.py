@@ -157,7 +157,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: None, reward: Any) -> dict[
     if not held_out.rows[split]:
         raise UserError("evaluate: the data have neither test nor dev rows. Set data.test.")
     policy = load(OmegaConf.to_object(cfg.model), cfg.seed)  # type: ignore[arg-type]
-    if cfg.model.steer.value is None and (Path(resolve(cfg.model.path)) / "value.json").is_file():
+    if cfg.model.path and cfg.model.steer.value is None and (Path(resolve(cfg.model.path)) / "value.json").is_file():
         run.progress.say(
             f"warning: {cfg.model.path} is a value model, which was trained to add to another one's logits: measured alone it says "
             f"little. Put it beside one: alignkit evaluate MODEL model.steer.value={cfg.model.path}"

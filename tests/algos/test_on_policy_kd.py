@@ -143,5 +143,5 @@ def test_mistakes() -> None:
         OnPolicyKD(task="classify")
     with pytest.raises(ValueError, match="nothing to keep"):
         OnPolicyKD(cache_gb=1.0)
-    with pytest.raises(UserError, match=r"evaluate\.select: of algo\.task=write"):
+    with pytest.raises(UserError, match=r"evaluate\.select: with algo\.task=write"):
         check(composed(["+algo=on_policy_kd", "algo.teacher=x", "evaluate.select=accuracy"]))
