@@ -180,9 +180,10 @@ class Run:
             metrics = {**metrics, **self.look(done, held_out.decoded, "dev/"), **dev}
             better = bool(dev) and self._improved(done, held_out.selected(dev))
         self.log(done, metrics)
-        if better or self.stop_asked or done % self.cfg.run.save_every == 0 or done == steps:
+        stopping = self.stop_asked  # read once: a signal between saving and stopping waits for the next step
+        if better or stopping or done % self.cfg.run.save_every == 0 or done == steps:
             self.save(done, policy, optimizer, algo.state())
-        if self.stop_asked and done < steps:
+        if stopping and done < steps:
             raise Stopped(f"stopped after step {done}, saved in {self.dir}/checkpoint-{done}.")
 
     # ---- the optimizer step --------------------------------------------------------------------------------

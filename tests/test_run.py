@@ -294,3 +294,20 @@ def test_rows_are_drawn_by_position(tmp_path: Path) -> None:
     assert threes[:10] != threes[10:20]
     assert [row["id"] for step in range(5) for row in run.draw(rows, 6, step)] == threes
     run.close()
+
+
+def test_a_signal_between_saving_and_stopping_waits_for_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a stop says was saved is there."""
+    save = Run.save
+
+    def late(self: Run, step: int, *args: object) -> None:
+        save(self, step, *args)  # type: ignore[arg-type]
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "save", late)
+    with pytest.raises(Stopped, match=r"stopped after step 3, saved in .*/checkpoint-3\.") as told:
+        train(tmp_path, *SMALL_SFT, *SMALL_SEQ2SEQ, "run.save_every=2", "evaluate.every=0")
+    assert Path(str(told.value).rpartition("saved in ")[2].rstrip(".")).is_dir()

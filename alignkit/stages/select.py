@@ -87,9 +87,10 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Select, reward: Any) -> dic
                     found["best"] = episode
                     algo.keep()
             run.log(step + 1, {**metrics, "lr": rate})
-            if run.stop_asked or t + 1 == per or (step + 1) % cfg.run.save_every == 0:
+            stopping = run.stop_asked  # read once, as in Run.end_step
+            if stopping or t + 1 == per or (step + 1) % cfg.run.save_every == 0:
                 run.save(step + 1, student, optimizer, {"method": algo.state(), "found": found}, algo.tensors())
-            if run.stop_asked and step + 1 < steps:
+            if stopping and step + 1 < steps:
                 raise Stopped(
                     f"stopped after step {step + 1} (episode {episode + 1} of {episodes}), saved in {run.dir}."
                 )
