@@ -16,13 +16,10 @@ import yaml
 from alignkit.config import conf_dir
 from alignkit.errors import UserError, suggest
 from alignkit.files import write_atomically
+from alignkit.report.stats import t_quantile
 
 VERDICTS = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}  # and what the command exits with
 HEAD = ("claim", "measured, 95 % interval", "seeds", "needed", "the paper's", "verdict")
-T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093,
-)  # fmt: skip  # two-sided 95 % quantiles of t for 1, 2, … degrees of freedom
 
 
 @dataclass(kw_only=True)
@@ -241,7 +238,7 @@ def interval(effects: list[float], kind: str) -> tuple[float, float, float]:
     """Mean and 95 % t interval; of ratios the geometric mean and the interval of the logarithms, taken back."""
     x = [math.log(e) for e in effects] if kind == "ratio" else effects
     mean = statistics.mean(x)
-    half = T95[min(len(x) - 2, len(T95) - 1)] * statistics.stdev(x) / math.sqrt(len(x))
+    half = t_quantile(len(x) - 1) * statistics.stdev(x) / math.sqrt(len(x))
     ends = (mean, mean - half, mean + half)
     return tuple(math.exp(e) for e in ends) if kind == "ratio" else ends  # type: ignore[return-value]
 
