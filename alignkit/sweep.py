@@ -334,32 +334,14 @@ def label(job: dict[str, Any], jobs: list[dict[str, Any]], seed: bool = True) ->
 
 def mean(values: list[float]) -> dict[str, float]:
     """Mean and n, and from two values on the 95 % t-interval ``low`` … ``high``."""
+    from alignkit.report.stats import t_quantile  # here: every start would wait for what it imports
+
     n, middle = len(values), math.fsum(values) / len(values)
     if n < 2:
         return {"mean": middle, "n": n}
     spread = math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (n - 1))
     half = t_quantile(n - 1) * spread / math.sqrt(n)
     return {"mean": middle, "n": n, "low": middle - half, "high": middle + half}
-
-
-def t_quantile(freedom: int, inside: float = 0.95) -> float:
-    """The t for which Student's distribution has ``inside`` of its mass within ±t, by bisection of Abramowitz & Stegun
-    26.7.3 and 26.7.4, which are exact for whole degrees of freedom."""
-
-    def mass(t: float) -> float:
-        angle = math.atan(t / math.sqrt(freedom))
-        odd = freedom % 2
-        term, total = (math.cos(angle), 0.0) if odd else (1.0, 0.0)
-        for k in range(1 + odd, freedom, 2):
-            total += term
-            term *= math.cos(angle) ** 2 * k / (k + 1)
-        return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-
-    low, high = 0.0, 1e6
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if mass(middle) < inside else (low, middle)
-    return high
 
 
 def measured(file: Path, select: str) -> dict[str, Any]:

@@ -296,14 +296,6 @@ def test_composing_imports_no_torch() -> None:
 # ---- arithmetic --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("freedom", "t"),
-    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (7, 2.3646), (10, 2.2281), (30, 2.0423), (120, 1.9799)],
-)
-def test_quantiles_are_those_of_the_tables(freedom: int, t: float) -> None:
-    assert sweep.t_quantile(freedom) == pytest.approx(t, abs=5e-5)
-
-
 def test_mean_and_interval_by_hand() -> None:
     found = sweep.mean([1.0, 2.0, 3.0])  # s = 1, t = 4.3027, 4.3027 / √3 = 2.4842
     assert (found["mean"], found["n"]) == (2.0, 3)
