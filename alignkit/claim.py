@@ -7,7 +7,9 @@ import math
 import shlex
 import statistics
 import sys
+import traceback
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,12 @@ class Check:
     says: str  # the claim in words
     metric: str  # dotted place in result.json, such as evaluation.after.test.bleu.value
     of: str  # arm, or arm/step of a pipeline
-    than: str  # what it is compared with
     direction: str  # higher | lower
+    than: str | None = None  # what it is compared with; null: the number itself is the effect
+    than_metric: str | None = None  # what is read of ``than``; null: metric too
+    at: dict[str, float] | None = (
+        None  # {kl: 4}: metric is a column of metrics.jsonl, read where this one first reaches the value
+    )
     effect: str = "difference"  # difference (of − than) | ratio (of / than)
     least: float | None = None  # the effect must be beyond it; null: 0 of a difference, 1 of a ratio
     budget: str | None = None  # place in result.json that must be equal in both arms, within 5 %
@@ -66,9 +72,9 @@ class Found:
     verdict: str
     why: str
     effects: list[float]  # one a seed
-    mean: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
+    mean: float | None = None  # null: no interval
+    low: float | None = None
+    high: float | None = None
 
 
 def load(name: str, extra: list[Path] = []) -> Claim:  # noqa: B006
@@ -109,6 +115,15 @@ def _refuse(claim: Claim, file: Path) -> None:
             arm = getattr(check, end)
             if arm is not None and arm.partition("/")[0] not in claim.arms:
                 raise UserError(f"{file}: checks.{key}.{end}: '{arm}' is no arm.{suggest(arm, claim.arms)}")
+        for setting in ("budget", "than_metric"):
+            if check.than is None and getattr(check, setting) is not None:
+                raise UserError(
+                    f"{file}: checks.{key}.{setting}: there is nothing to compare with (than is not given)."
+                )
+        if check.than is None and check.effect == "ratio":
+            raise UserError(f"{file}: checks.{key}.effect: a ratio needs than, what to divide by.")
+        if check.at is not None and len(check.at) != 1:
+            raise UserError(f"{file}: checks.{key}.at: give one column and its value, as in {{kl: 4}}.")
         for setting, allowed in (("direction", ("higher", "lower")), ("effect", ("difference", "ratio"))):
             if getattr(check, setting) not in allowed:
                 raise UserError(f"{file}: checks.{key}.{setting}: must be {' or '.join(allowed)}.")
@@ -129,6 +144,9 @@ def runs(claim: Claim, seeds: list[int], root: str, words: list[str]) -> dict[st
                 found[arm][seed] = _one([*own, *claim.words, *words, f"seed={seed}", f"run.root={root}"])
             except UserError as e:
                 print(f"error: {arm}, seed {seed}: {e}", file=sys.stderr, flush=True)
+            except Exception as e:  # a fault of ours, or of a reward, ends this run and not the hours before it
+                traceback.print_exc()
+                print(f"error: {arm}, seed {seed}: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
     return found
 
 
@@ -152,17 +170,38 @@ def _one(words: list[str]) -> dict[str, Any]:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def value(result: dict[str, Any], place: str, step: str = "") -> float | None:
-    """The number at a dotted place of a result, of a pipeline's step where one is named; None where there is none."""
+def value(result: dict[str, Any], place: str, step: str = "", at: dict[str, float] | None = None) -> float | None:
+    """The number at a dotted place of a result, of a pipeline's step where one is named; None where there is none.
+
+    With ``at`` the place is a column of that run's ``metrics.jsonl``, read where another one first reaches a value.
+    """
     if step:
         folder = result.get("steps_done", {}).get(step)
         if folder is None:
             return None
         result = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
+    if at is not None:
+        (column, level), *_ = at.items()
+        return reached(trace(Path(result["directory"]), place, column), level)
     found: Any = result
     for part in place.split("."):
         found = found.get(part) if isinstance(found, dict) else None
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+
+def trace(run: Path, metric: str, column: str = "kl") -> list[tuple[float, float]]:
+    """(column, metric) wherever a run has logged the metric, in order; where the column is not logged yet, at the start, it is 0."""
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.split("\n") if line]
+    return [(line.get(column, 0.0), line[metric]) for line in lines if metric in line]
+
+
+def reached(points: list[tuple[float, float]], level: float) -> float | None:
+    """The second number where the first one first reaches a level, by linear interpolation; None where it never does."""
+    for (a, low), (b, high) in pairwise(points):
+        if a <= level <= b:
+            return low + (high - low) * (level - a) / max(b - a, 1e-12)
+    return None
 
 
 def measure(check: Check, results: dict[str, dict[int, dict[str, Any]]], seeds: int) -> Found:
@@ -208,11 +247,17 @@ def _refute(check: Check, results: dict[str, dict[int, dict[str, Any]]], seeds: 
 def _effects(check: Check, arm: str, results: dict[str, dict[int, dict[str, Any]]]) -> tuple[list[float], str]:
     """(an effect for each seed that both arms have, what is missing)."""
     effects, missing = [], ""
-    own, other = (results[a.partition("/")[0]] for a in (arm, check.than))
+    than, than_metric = check.than or arm, check.than_metric or check.metric
+    own, other = (results[a.partition("/")[0]] for a in (arm, than))
     for seed in sorted(set(own) & set(other)):
-        pair = [value(r[seed], check.metric, a.partition("/")[2]) for r, a in ((own, arm), (other, check.than))]
+        ends = ((own, arm, check.metric), (other, than, than_metric))
+        pair = [value(r[seed], place, a.partition("/")[2], check.at) for r, a, place in ends]
         if pair[0] is None or pair[1] is None:
-            missing = f"no {check.metric} in {arm if pair[0] is None else check.than}"
+            place, where = (check.metric, arm) if pair[0] is None else (than_metric, than)
+            missing = f"no {place}{_where(check)} in {where}"
+            continue
+        if check.than is None:
+            effects.append(pair[0])
             continue
         if check.effect == "ratio" and (pair[0] <= 0 or pair[1] <= 0):
             missing = f"{check.metric} is not above 0, so there is no ratio"
@@ -221,11 +266,16 @@ def _effects(check: Check, arm: str, results: dict[str, dict[int, dict[str, Any]
     return effects, missing
 
 
+def _where(check: Check) -> str:
+    return "".join(f" at {column} {level:g}" for column, level in (check.at or {}).items())
+
+
 def _budget(check: Check, results: dict[str, dict[int, dict[str, Any]]]) -> str:
     """What is unequal between the arms though it must be equal; empty where nothing is."""
-    own, other = (results[a.partition("/")[0]] for a in (check.of, check.than))
+    than = str(check.than)
+    own, other = (results[a.partition("/")[0]] for a in (check.of, than))
     for seed in sorted(set(own) & set(other)):
-        ends = ((own, check.of), (other, check.than))
+        ends = ((own, check.of), (other, than))
         a, b = (value(r[seed], str(check.budget), arm.partition("/")[2]) for r, arm in ends)
         if a is None or b is None:
             return f"the budget {check.budget} was not recorded"
@@ -265,12 +315,32 @@ def rows(claim: Claim, found: dict[str, Found]) -> list[list[str]]:
     lines = []
     for key, one in found.items():
         check = claim.checks[key]
-        what = f"{check.of} {'/' if check.effect == 'ratio' else '−'} {check.than}"
-        measured = "" if math.isnan(one.mean) else f"{one.mean:.3g} [{one.low:.3g}, {one.high:.3g}] ({what})"
+        ends = (
+            (check.of, check.than) if check.than_metric is None else (_short(check.metric), _short(check.than_metric))
+        )
+        what = f"{ends[0]} {'/' if check.effect == 'ratio' else '−'} {ends[1]}" if check.than else check.of
+        measured = "" if one.mean is None else f"{one.mean:.3g} [{one.low:.3g}, {one.high:.3g}] ({what})"
         needed = f"{'above' if check.direction == 'higher' else 'below'} {check.bound:g}"
         verdict = one.verdict + (f": {one.why}" if one.why else "")
         lines.append([check.says, measured, str(len(one.effects)), needed, check.paper or "not read", verdict])
     return lines
+
+
+def commits(results: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+    """The commits of alignkit that the runs behind a claim were made with."""
+    folders = [
+        Path(folder)
+        for each in results.values()
+        for result in each.values()
+        for folder in result.get("steps_done", {"": result["directory"]}).values()
+    ]
+    files = [folder / "environment.json" for folder in folders if (folder / "environment.json").is_file()]
+    found = {json.loads(file.read_text(encoding="utf-8")).get("git_commit") for file in files}
+    return sorted(str(commit)[:10] for commit in found if commit)
+
+
+def _short(place: str) -> str:
+    return place.removeprefix("summary.").removesuffix(".value")
 
 
 def notes(claim: Claim) -> list[str]:
@@ -303,7 +373,8 @@ def run(name: str, *, quick: bool, seeds: list[int] | None, root: str, words: li
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "claim.md", text(claim, found, quick))
     record = {
-        "claim": claim.name, "quick": quick, "seeds": seeds, "verdict": overall(found),
+        "claim": claim.name, "quick": quick, "seeds": seeds, "words": words, "commits": commits(results),
+        "verdict": overall(found),
         "checks": {key: vars(one) for key, one in found.items()},
         "runs": {arm: {s: r["directory"] for s, r in each.items()} for arm, each in results.items()},
     }  # fmt: skip

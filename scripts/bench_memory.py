@@ -27,111 +27,21 @@ from typing import Any
 
 import torch
 from _bench import Worker, idle_mb, markdown, pipe, report, report_options, reset_peak, status_mb
-from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
 
-from alignkit import decode, losses, ops
+from alignkit.algos.sampling_memory import KINDS, backward, bench_policy, sampled, single_stage
 from alignkit.batch import Batch
-from alignkit.config import Model
-from alignkit.data import read
-from alignkit.policy import Policy, load
 
-KINDS = {
-    "causal": {"model_type": "llama", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2}
-    | {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
-    "encoder-decoder": {"model_type": "m2m_100", "d_model": 128, "encoder_ffn_dim": 344, "decoder_ffn_dim": 344}
-    | {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
-}
 WAYS = ("two stages", "micro-batches", "single stage")
 PROMPTS, SAMPLES = 8, 2
 
 
-class Saved:
-    """Counts what autograd keeps: ``with saved.hooks(): …``, then ``saved.freed()`` once a backward pass is through."""
-
-    def __init__(self, model: Any) -> None:
-        self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.storages: dict[int, int] = {}  # alive until the backward pass, so an address names one storage
-        self.most = 0
-
-    def hooks(self) -> Any:
-        def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in self.parameters:
-                self.storages[storage.data_ptr()] = storage.nbytes()
-            return x
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
-
-    def freed(self) -> None:
-        self.most = max(self.most, sum(self.storages.values()))
-        self.storages.clear()
-
-
-def single_stage(policy: Policy, batch: Batch, uniform: Tensor) -> Tensor:
-    """Log-probabilities (B, T) from the logits that each token is drawn from, their graph kept.
-
-    The ids of the batch go in, so that every way has the same ones; the draw is made for its time.
-    """
-    model, mask = policy.model, batch.prompt_mask.long()
-    kwargs: dict[str, Any] = {"use_cache": True}
-    if policy.is_encoder_decoder:
-        _, index, sizes = torch.unique_consecutive(batch.group, return_inverse=True, return_counts=True)
-        first = sizes.cumsum(0) - sizes
-        encoded = model.get_encoder()(input_ids=batch.prompt_ids[first], attention_mask=mask[first])
-        kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded.last_hidden_state[index])
-        kwargs[decode.cache_name(model)] = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        fed = torch.full((len(batch), 1), model.config.decoder_start_token_id)
-    else:
-        kwargs[decode.cache_name(model)] = DynamicCache(config=model.config)
-        kwargs["logits_to_keep"] = 1
-        fed = batch.prompt_ids
-    columns = []
-    for t in range(batch.response_ids.shape[1]):
-        if policy.is_encoder_decoder:
-            out = model(decoder_input_ids=fed, attention_mask=mask, **kwargs)
-        else:
-            places = decode.positions(mask)[:, -fed.shape[1] :]
-            out = model(input_ids=fed, attention_mask=mask, position_ids=places, **kwargs)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = out.logits[:, -1:]
-        with torch.no_grad():
-            torch.searchsorted(logits[:, 0].float().softmax(-1).cumsum(-1), uniform[:, t : t + 1])
-        fed = batch.response_ids[:, t : t + 1]
-        columns.append(ops.token_logprobs(logits, fed))
-    return torch.cat(columns, dim=1)
-
-
 def cell(args: argparse.Namespace, say: Callable[..., None]) -> None:
     """One model, length and way: bytes saved, peak over idle, seconds, gradient against that of the two stages."""
-    texts = [columns["src"] for _, columns in read("bundled:tatoeba_en_de.test.jsonl")]
-    config = KINDS[args.kind] | {"max_position_embeddings": 1024}
-    policy = load(Model(config=config, vocab_size=2000, device="cpu"), 0, texts)
-    policy.eos = [-1]  # no token ends a response
-    rows = [{"prompt": text, "id": i} for i, text in enumerate(texts[:PROMPTS])]
-    advantages = torch.randn(PROMPTS * SAMPLES, generator=torch.Generator().manual_seed(1))
+    policy, rows = bench_policy(args.kind, PROMPTS, 0)
+    backward(policy, sampled(policy, rows, SAMPLES, 2, 0), policy.forward)  # the libraries' own memory is not counted
+    policy.model.zero_grad(set_to_none=True)
     uniform = torch.rand(PROMPTS * SAMPLES, args.length, generator=torch.Generator().manual_seed(2))
-    saved = Saved(policy.model)
-
-    def generate(length: int) -> Batch:
-        how = decode.Decode(max_new_tokens=length)
-        batch = policy.generate(rows, SAMPLES, how, generator=torch.Generator().manual_seed(0))
-        # m2m_100 counts no position for a pad token that is drawn, teacher-forced at least: none may be among the ids
-        ids = batch.response_ids.masked_fill(batch.response_ids == policy.pad, policy.tokenizer.bos_token_id)
-        return batch.with_(response_ids=ids, advantages=advantages[:, None] * batch.mask)
-
-    def backward(batch: Batch, forward: Callable[[Batch], Tensor]) -> None:
-        assert batch.advantages is not None
-        with saved.hooks():
-            logprobs = forward(batch)
-            loss = losses.policy_gradient(logprobs, batch.advantages, batch.mask, batch.group, "groups").total
-        saved.freed()
-        loss.backward()
-
-    backward(generate(2), policy.forward)  # the libraries' own memory is not counted
-    policy.model.zero_grad()
-    saved.most = 0
+    saved, gradient = 0, torch.zeros(())
     given = None
     if args.worker == "single-stage":
         given = Batch(**torch.load(args.folder / "batch.pt", weights_only=True))
@@ -139,19 +49,19 @@ def cell(args: argparse.Namespace, say: Callable[..., None]) -> None:
     reset_peak()
     start = time.perf_counter()
     if given is not None:
-        backward(given, lambda batch: single_stage(policy, batch, uniform))
+        saved, gradient = backward(policy, given, lambda batch: single_stage(policy, batch, uniform))
     else:
-        given = generate(args.length)
+        given = sampled(policy, rows, SAMPLES, args.length, 0)
         for part in given.split(args.micro_tokens) if args.worker == "micro-batches" else [given]:
-            backward(part, policy.forward)
+            kept, gradient = backward(policy, part, policy.forward)
+            saved = max(saved, kept)
     seconds, peak = time.perf_counter() - start, status_mb("VmHWM") - idle
-    gradient = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
     if args.worker == "two-stages":  # comes first and leaves what the others compare with
         torch.save(vars(given), args.folder / "batch.pt")
         torch.save(gradient, args.folder / "gradient.pt")
     reference = torch.load(args.folder / "gradient.pt", weights_only=True)
     difference = float((gradient - reference).norm() / reference.norm())
-    say(saved_mb=saved.most / 2**20, peak_mb=peak, seconds=seconds, gradient_difference=difference)
+    say(saved_mb=saved / 2**20, peak_mb=peak, seconds=seconds, gradient_difference=difference)
 
 
 def measure(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:

@@ -12,29 +12,28 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from itertools import pairwise
 from pathlib import Path
 
+from alignkit.claim import reached, trace
 
-def trace(run: Path, metric: str) -> list[tuple[float, float]]:
+
+def points_of(run: Path, metric: str) -> list[tuple[float, float]]:
     """(KL, metric) at every dev evaluation, in order; the start is at KL 0."""
     if not (run / "metrics.jsonl").is_file():
         raise SystemExit(f"{run}: no run (no metrics.jsonl). Of a pipeline, name the RL step's folder.")
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if x]
     if not any("kl" in line for line in lines):
         raise SystemExit(f"{run}: no KL was logged; the run has no reference model (algo.kl, or algo.kl_limit).")
-    found = [(line.get("kl", 0.0), line[metric]) for line in lines if metric in line]
+    found = trace(run, metric)
     if not found:
         raise SystemExit(f"{run}: no metric {metric}. There is: {', '.join(k for line in lines[:1] for k in line)}.")
     return found
 
 
 def at_kl(points: list[tuple[float, float]], kl: float) -> float:
-    """The metric where the trace first reaches a KL, by linear interpolation; not a number where it never does."""
-    for (a, low), (b, high) in pairwise(points):
-        if a <= kl <= b:
-            return low + (high - low) * (kl - a) / max(b - a, 1e-12)
-    return math.nan
+    """The metric where the trace first reaches a KL; not a number where it never does."""
+    found = reached(points, kl)
+    return math.nan if found is None else found
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--metric", default="dev/reward")
     parser.add_argument("--at", type=float, nargs="+", default=[1, 2, 4, 8])
     args = parser.parse_args()
-    traces = {run: trace(run, args.metric) for run in args.runs}
+    traces = {run: points_of(run, args.metric) for run in args.runs}
     print(f"{args.metric} at a KL of …, and at the end\n")
     print("| run | 0 | " + " | ".join(f"{kl:g}" for kl in args.at) + " | end (its KL) |")
     print("|---" * (len(args.at) + 3) + "|")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_rm import interval
-from kl_frontier import at_kl, trace
+from kl_frontier import at_kl, points_of
 
 RMS = {
     "bt": ["+algo=bt"],
@@ -145,7 +145,7 @@ def main() -> None:
                      "evaluate.select=reward", "evaluate.final=last", "evaluate.test=false", "run.save_every=1000000",
                      f"seed={seed}", "+reward@audit.reward=learned", f"audit.reward.model={gold}"], run,
                 )  # fmt: skip
-                points = trace(run, "dev/second")
+                points = points_of(run, "dev/second")
                 rows.setdefault((arm, control), []).append(
                     {
                         "KL": points[-1][0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,8 @@ from alignkit import claim
 from alignkit.claim import Check
 from alignkit.cli import main
 from alignkit.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def results(**arms: list[float]) -> dict[str, dict[int, dict[str, Any]]]:
@@ -93,6 +96,38 @@ def test_a_step_of_a_pipeline_is_an_arm(tmp_path: Path) -> None:
     assert "no x in all/c" in claim.measure(check(of="all/c", than="all/b", metric="x"), whole, 2).why
 
 
+def test_one_number_is_an_effect_by_itself() -> None:
+    """1, 2, 3: 2 [-0.484, 4.484]; of 60, 61, 62 all is above 50."""
+    alone = check(than=None, least=50.0)
+    assert claim.measure(alone, results(new=[60.0, 61.0, 62.0]), 3).verdict == "PASS"
+    assert claim.measure(alone, results(new=[1.0, 2.0, 3.0]), 3).verdict == "FAIL"
+    assert claim.measure(check(than=None), results(new=[1.0, 2.0, 3.0]), 3).verdict == "INCONCLUSIVE"
+    refuted = claim.measure(check(than=None, control="old"), results(new=[5.0, 6.0, 7.0], old=[5.0, 6.0, 7.0]), 3)
+    assert refuted.verdict == "FAIL" and "without the idea" in refuted.why
+
+
+def test_two_numbers_of_one_run_are_compared() -> None:
+    runs = {"new": {s: {"a": 2.0 + s / 10, "b": 1.0} for s in (0, 1, 2)}}
+    found = claim.measure(check(metric="a", than="new", than_metric="b"), runs, 3)
+    assert found.verdict == "PASS" and found.effects == pytest.approx([1.0, 1.1, 1.2])
+    assert "no c in new" in claim.measure(check(metric="a", than="new", than_metric="c"), runs, 3).why
+
+
+def test_a_metric_is_read_where_another_first_reaches_a_level(tmp_path: Path) -> None:
+    """Reward 0, 2, 6, 5 at KL 0 (not logged yet), 1, 3, 5: at KL 2 it is half way from 2 to 6."""
+    lines = [{"r": 0.0}, {"kl": 1.0, "r": 2.0}, {"kl": 2.9}, {"kl": 3.0, "r": 6.0}, {"kl": 5.0, "r": 5.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    points = claim.trace(tmp_path, "r")
+    assert points == [(0.0, 0.0), (1.0, 2.0), (3.0, 6.0), (5.0, 5.0)]
+    assert (
+        claim.reached(points, 2.0) == 4.0 and claim.reached(points, 0.5) == 1.0 and claim.reached(points, 6.0) is None
+    )
+    runs = {"new": {0: {"directory": str(tmp_path)}, 1: {"directory": str(tmp_path)}}}
+    found = claim.measure(check(metric="r", than=None, at={"kl": 2.0}), runs, 2)
+    assert found.effects == [4.0, 4.0]
+    assert "no r at kl 6 in new" in claim.measure(check(metric="r", than=None, at={"kl": 6.0}), runs, 2).why
+
+
 def test_overall() -> None:
     one = {v: claim.Found(v, "", []) for v in claim.VERDICTS}
     assert claim.overall(one) == "FAIL"
@@ -120,7 +155,7 @@ def test_shipped_claims_can_be_run(name: str) -> None:
                 named = {
                     end.partition("/")[2]
                     for c in found.checks.values()
-                    for end in (c.of, c.than, c.control or arm)
+                    for end in (c.of, c.than or arm, c.control or arm)
                     if end.partition("/")[0] == arm
                 }
                 assert named - {""} <= set(steps)
@@ -175,6 +210,53 @@ def test_an_arm_that_fails_leaves_the_claim_open(tmp_path: Path, capsys: pytest.
     assert "error: short, seed 0:" in told.err and "steps" in told.err
 
 
+def test_a_fault_in_one_arm_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A class of one's own that raises what nobody foresaw."""
+    (tmp_path / "faulty.py").write_text(
+        "class Faulty:\n    def __call__(self, batch):\n        raise ZeroDivisionError('of its own')\n",
+        encoding="utf-8",
+    )
+    arms = {
+        "short": ["+algo=sft", "algo.steps=2"],
+        "long": [
+            "+algo=reinforce",
+            "algo.steps=2",
+            "reward._target_=faulty.Faulty",
+            "~reward.parts",
+            "~reward.weights",
+        ],
+    }
+    changes = {"arms": arms, "seeds": [0], "words": ["data=rnnlg", *SMALL_SEQ2SEQ, *SMALL_RUN, "evaluate.every=0"]}
+    with pytest.raises(SystemExit) as left:
+        main(["claim", "tiny", "--config-dir", str(place(tmp_path, **changes)), f"run.root={tmp_path}/runs"])
+    assert left.value.code == 2
+    record = json.loads((tmp_path / "runs" / "claims" / "tiny" / "claim.json").read_text(encoding="utf-8"))
+    assert list(record["runs"]["short"]) == ["0"] and record["runs"]["long"] == {}
+    assert "error: long, seed 0: " in capsys.readouterr().err
+
+
+def test_docs_hold_the_verdicts_as_they_were_measured() -> None:
+    """docs/papers.md is what scripts/claims_table.py writes, and no verdict there is of a quick look."""
+    spec = importlib.util.spec_from_file_location("claims_table", ROOT / "scripts" / "claims_table.py")
+    assert spec is not None and spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    assert table.written(text) == text
+    for file in (ROOT / "docs" / "claims").glob("*.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        found = claim.load(record["claim"])
+        assert (
+            not record["quick"]
+            and record["seeds"] == found.seeds
+            and record["words"] == []
+            and len(record["commits"]) >= 1
+        )
+        for key, one in record["checks"].items():  # the verdict follows from the effects that are kept
+            again = claim.interval(one["effects"], found.checks[key].effect)
+            assert again == pytest.approx((one["mean"], one["low"], one["high"]))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -183,6 +265,9 @@ def test_an_arm_that_fails_leaves_the_claim_open(tmp_path: Path, capsys: pytest.
         ({"checks": {"a": {**TINY["checks"]["steps"], "of": "lang"}}}, "checks.a.of: 'lang' is no arm. Did you mean 'long'"),
         ({"checks": {"a": {**TINY["checks"]["steps"], "direction": "up"}}}, "must be higher or lower"),
         ({"checks": {"a": {"says": "x"}}}, "must be given"),
+        ({"checks": {"a": {**TINY["checks"]["steps"], "than": None, "budget": "steps"}}}, "checks.a.budget: there is nothing to compare with"),
+        ({"checks": {"a": {**TINY["checks"]["steps"], "than": None, "effect": "ratio"}}}, "a ratio needs than"),
+        ({"checks": {"a": {**TINY["checks"]["steps"], "at": {"kl": 1, "x": 2}}}}, "give one column and its value"),
     ],
 )  # fmt: skip
 def test_a_file_with_a_mistake_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
