@@ -9,24 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import UserError, suggest
+from alignkit.labels import LABELS, PER_CENT
 from alignkit.report.charts import Series
 from alignkit.report.collect import LEDGER, Configuration, Json, Record, _at, _is_number, differing
 from alignkit.report.stats import Estimate, difference, interval
 
-LABELS = {
-    "bleu": "BLEU", "chrf": "chrF", "exact_match": "exact match %", "length_ratio": "length ratio", "accuracy": "accuracy %",
-    "label_nll": "NLL of the label, nats", "agreement": "says what the teacher says %", "preference_accuracy": "pairs ranked right %",
-    "first_exact_match": "first answer: exact match %", "first_reward": "first answer: reward", "ties": "ties %",
-    "parse_failed": "critique not readable %", "macro": "mean of sections %", "longer_wins": "longer one chosen %",
-    "nll": "NLL, nats", "ece": "calibration error", "kl": "KL to the start, nats a response", "loss": "loss",
-    "length": "length of a response, tokens", "cut_off": "share cut off", "margin": "margin", "reward": "reward",
-    "second": "second reward", "zero_advantage": "share without a signal", "grad_norm": "gradient norm",
-    "reward_loss": "loss on reward rows", "selection_loss": "loss on selection rows", "step_seconds": "seconds a step",
-}  # fmt: skip
-PER_CENT = {
-    "bleu", "chrf", "exact_match", "accuracy", "agreement", "first_exact_match", "parse_failed", "preference_accuracy", "ties",
-    "macro", "longer_wins", "win_rate", "length_controlled", "section",
-}  # fmt: skip
 CURVES = ("reward", "kl", "loss", "length")  # after the selected dev metric
 MORE = (
     "nll", "margin", "preference_accuracy", "dev/reward", "dev/second", "divergence", "agreement", "reward_loss", "selection_loss",

@@ -12,8 +12,9 @@ from alignkit import plots
 from alignkit.algos._distill import KNOWLEDGE, Distill
 from alignkit.classifier import Classifier
 from alignkit.data import Data, Row
+from alignkit.labels import LABELS
 from alignkit.run import Run
-from alignkit.stages.evaluate import LABELS, HeldOut, cell
+from alignkit.stages.evaluate import HeldOut, cell
 from alignkit.stages.evaluate_classes import HeldOutClasses
 from alignkit.stages.fit import fit
 

@@ -16,6 +16,7 @@ from alignkit.config import Evaluate
 from alignkit.data import Data, Row
 from alignkit.decode import Decode
 from alignkit.errors import UserError, suggest
+from alignkit.labels import LABELS, PER_CENT
 from alignkit.loading import resolve
 from alignkit.policy import Policy, load
 from alignkit.protocols import answers
@@ -211,52 +212,9 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-LABELS = {
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "exact_match": "exact match %",
-    "length_ratio": "length ratio",
-    "reward": "reward",
-    "accuracy": "accuracy %",
-    "label_nll": "NLL of the label, nats",
-    "agreement": "says what the teacher says %",
-    "preference_accuracy": "pairs ranked right %",
-    "first_exact_match": "first answer: exact match %",
-    "first_reward": "first answer: reward",
-    "parse_failed": "critique not readable %",
-    "tokens": "tokens written",
-    "characters": "characters of the answer",
-    "ties": "ties %",
-    "macro": "mean of sections %",
-    "longer_wins": "longer one chosen %",
-    "length_spearman": "Spearman of score and length",
-    "nll": "NLL, nats",
-    "ece": "calibration error",
-    "margin": "margin, mean",
-    "margin_max": "margin, greatest",
-    "margin_sd": "margin, deviation",
-    "score_sd": "score, deviation",
-    "error": "squared error",
-}
-
-
 MEASURED = (  # of an entry of the outputs: a number a row, whose mean is reported
     "reward", "preference_accuracy", "first_exact_match", "first_reward", "parse_failed", "tokens", "characters",
 )  # fmt: skip
-PER_CENT = {
-    "accuracy",
-    "agreement",
-    "first_exact_match",
-    "parse_failed",
-    "bleu",
-    "chrf",
-    "exact_match",
-    "preference_accuracy",
-    "ties",
-    "macro",
-    "longer_wins",
-    "win_rate",
-}
 
 
 def cell(name: str, value: dict[str, float]) -> str:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from alignkit.config import check, signature, whole
 from alignkit.errors import Stopped, UserError, suggest
 from alignkit.files import write_atomically
+from alignkit.labels import LABELS
 from alignkit.stages import evaluate
 
 
@@ -128,7 +129,7 @@ def report(results: dict[str, dict[str, Any]]) -> str:
         after = evaluation.get("after", evaluation) or {}
         for name, cell in after.get("test", after.get("dev", {})).items():
             old = evaluate.cell(name, before[name]) if name in before else ""
-            lines.append(f"| {step} | {evaluate.LABELS.get(name, name)} | {old} | {evaluate.cell(name, cell)} |")
+            lines.append(f"| {step} | {LABELS.get(name, name)} | {old} | {evaluate.cell(name, cell)} |")
         if result.get("verdict"):
             lines.append(f"| {step} | verdict | | {result['verdict']} |")
         if "kl" in result.get("training", {}):
