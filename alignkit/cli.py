@@ -78,13 +78,13 @@ def _dispatch(words: list[str]) -> None:
             raise UserError("show: name one method, preset, model, data set or reward, as in `alignkit show esrl`.")
         print(card(names[0], extra))
     elif verb == "from-trl":
-        from alignkit import from_trl
+        from alignkit.from_trl import main as from_trl
 
-        from_trl.main(rest)
+        from_trl(rest)
     elif verb == "completion":
-        from alignkit import completion
+        from alignkit.completion import main as completion
 
-        completion.main(rest)
+        completion(rest)
     elif verb == "doctor":
         from alignkit.catalog import doctor
 

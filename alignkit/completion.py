@@ -145,9 +145,9 @@ def _settings(before: list[str], current: str) -> list[str]:
 
 
 def _values(before: list[str], key: str, value: str, extra: list[Path]) -> list[str]:
-    """Options of a group (of several, the last is being written), or what a setting's type allows."""
+    """Options of a group, or what a setting's type allows."""
     group = key.lstrip("+~").partition("@")[0]
-    *written, last = value.split(",")
+    written = value.split(",")[:-1]  # of several options the last is being written
     if group in GROUPS:
         return [",".join([*written, name]) for name in catalog.options(group, extra) if name not in written]
     node, _, name = group.partition(".")
@@ -198,7 +198,8 @@ def _target(before: list[str], node: str, extra: list[Path]) -> str | None:
         entries = [e for e in catalog.read(path).get("defaults", []) if isinstance(e, dict)]
         names = [v for e in entries for k, v in e.items() if k.removeprefix("override ").strip("/") == node]
     option = catalog.options(node, extra).get(names[-1]) if names else None
-    return catalog.read(option).get("_target_") if option else "alignkit.data.Data" if node == "data" else None
+    named = catalog.read(option).get("_target_") if option else None
+    return named or ("alignkit.data.Data" if node == "data" else None)
 
 
 def _node(before: list[str], node: str, extra: list[Path]) -> Iterable[str]:
