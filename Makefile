@@ -42,7 +42,7 @@ shells: setup  ## completion in real shells; wants zsh and fish (Debian: apt-get
 
 docs: setup  ## the documentation as a site in site/, which works from a folder
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python scripts/make_docs.py --check site
 
 smoke: setup  ## each stage's tiny configuration through the real command line

@@ -59,7 +59,12 @@ def by_stage() -> dict[str, list[str]]:
 
 
 def overview() -> str:
-    lines = ["# Methods", "", "By stage; the first sentence of each. `alignkit list` prints the same, `alignkit show NAME` a card.", ""]
+    lines = [
+        "# Methods",
+        "",
+        "By stage; the first sentence of each. `alignkit list` prints the same, `alignkit show NAME` a card.",
+        "",
+    ]
     for stage, names in by_stage().items():
         lines += [f"## {stage}", "", "| method | idea |", "|---|---|"]
         lines += [f"| [{n}]({n}.md) | {_cell(_idea(n))} |" for n in names] + [""]
@@ -78,14 +83,34 @@ def method(name: str) -> str:
     if line := _paper(name):
         lines += ["## Source", "", line, ""]
     if target:
-        lines += ["## Settings", "", f"`{target.rpartition('.')[0].replace('.', '/')}.py`; from the shell `algo.NAME=VALUE`.", ""]
+        lines += [
+            "## Settings",
+            "",
+            f"`{target.rpartition('.')[0].replace('.', '/')}.py`; from the shell `algo.NAME=VALUE`.",
+            "",
+        ]
         lines += _table(content["algo"])
-    lines += ["", "## Configuration", "", f"`conf/algo/{name}.yaml`", "", "```yaml", path.read_text(encoding="utf-8").rstrip(), "```", ""]
+    lines += [
+        "",
+        "## Configuration",
+        "",
+        f"`conf/algo/{name}.yaml`",
+        "",
+        "```yaml",
+        path.read_text(encoding="utf-8").rstrip(),
+        "```",
+        "",
+    ]
     return "\n".join(lines)
 
 
 def settings() -> str:
-    lines = ["# Settings of every run", "", "What every command takes besides its method's settings; from the shell `NAME=VALUE`.", ""]
+    lines = [
+        "# Settings of every run",
+        "",
+        "What every command takes besides its method's settings; from the shell `NAME=VALUE`.",
+        "",
+    ]
     for prefix, cls in EVERY_RUN.items():
         lines += [f"## {prefix}", "", *_table({"_target_": f"alignkit.config.{cls}"}, f"{prefix}."), ""]
     lines += ["## data", "", "Of `data=custom` and the others; what a row is: [Bring your own](howto/own.md).", ""]
@@ -179,7 +204,10 @@ def foreign(site: Path) -> list[str]:
         loads.feed(page.read_text(encoding="utf-8"))
         wrong += [f"{page}: {x}" for x in loads.found if re.match(r"(https?:)?//", x)]
     for sheet in sorted(site.rglob("*.css")):
-        wrong += [f"{sheet}: {x}" for x in re.findall(r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]+)", sheet.read_text("utf-8"))]
+        wrong += [
+            f"{sheet}: {x}"
+            for x in re.findall(r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]+)", sheet.read_text("utf-8"))
+        ]
     return wrong
 
 
