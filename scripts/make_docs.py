@@ -141,10 +141,10 @@ def _table(given: dict[str, Any], prefix: str = "") -> list[str]:
             parts += _table(value, f"{prefix}{setting.name}.")[2:]
             continue
         default = catalog._plain(value) if setting.name in given else setting.default
-        if "default_factory" in str(default):  # a part, which has a table of its own, or an empty list
-            if "lambda" in str(default) or "list" not in str(default):
+        if made := re.match(r"field\(default_factory=(?:lambda: )?(.*)\)$", str(default), re.S):
+            if made[1][0].isupper():  # a part, which has a table of its own
                 continue
-            default = "[]"
+            default = {"list": "[]", "dict": "{}"}.get(made[1], made[1])
         shown = "required" if default in (None, "'???'") else _code(str(default))
         rows.append(f"| `{prefix}{setting.name}` | {_code(setting.type)} | {shown} | {_cell(setting.comment)} |")
     return [*rows, *parts]

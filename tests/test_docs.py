@@ -32,7 +32,7 @@ RUN_HERE = {  # alignkit commands that are really trained → words that make th
     "alignkit train +algo=sft model=tiny_arithmetic data=arithmetic data.show=3": [],
     "alignkit train +algo=ndr": [
         "algo.prompts=20",
-        "algo.models=2",
+        "algo.models=3",
         "algo.pairs=100",
         "algo.train_steps=5",
         "algo.resamples=50",
