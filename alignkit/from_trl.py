@@ -257,6 +257,7 @@ class _Reading:
                 self.given[today], self.written[today] = value, key
         self.used: set[str] = set()
         self.steps: int | None = None  # of the training, where it is known
+        self.updates = 1  # optimizer steps a step
         self.rows: int | None = None  # of the training file, where it lies here
         self.columns: dict[str, Any] | None = None  # of its first row
 
@@ -347,7 +348,13 @@ class _Reading:
         self.evaluation()
         self.run_settings()
         for key in self.given:
-            if key not in self.used:
+            if (
+                key not in self.used
+                and self.given[key] in (False, None)
+                and key not in ("disable_dropout", "shuffle_dataset")
+            ):
+                self.out.translated.append((self.shown(key), "nothing to set: off here too"))
+            elif key not in self.used:
                 why = next(
                     (why for pattern, why in WHY if re.match(pattern, key)), "no such setting here; leave it out"
                 )
@@ -512,7 +519,7 @@ class _Reading:
             )
         elif text:
             column = self.given.get("dataset_text_field", "text")
-            self.word("data.prompt=''", "dataset_text_field")
+            self.word('data.prompt=""', "dataset_text_field")
             self.out.words.append(f"data.response={_text('{' + str(column) + '}')}")
         elif self.trainer in ("sft", "kto"):
             self.out.words.append(f"data.response={_text('{completion}')}")
@@ -651,8 +658,9 @@ class _Reading:
             self.word(f"algo.minibatches={updates}", "steps_per_generation", "generation_batch_size")
         passes = self.whole("num_iterations")
         self.put("algo.epochs", passes, "num_iterations")
+        self.updates = updates * passes
         if self.number("max_steps") > 0:
-            self.steps = math.ceil(self.whole("max_steps") / (updates * passes))
+            self.steps = math.ceil(self.whole("max_steps") / self.updates)
             self.put("algo.steps", self.steps, "max_steps")
             if "num_train_epochs" in self.given:
                 self.miss("num_train_epochs", "max_steps is what counts")
@@ -753,6 +761,8 @@ class _Reading:
                 )
                 return
             warmup = math.ceil(warmup * self.steps)
+        else:
+            warmup = math.ceil(warmup / self.updates)
         self.put("algo.warmup", int(warmup), "warmup_steps")
 
     def loss(self) -> None:
@@ -935,7 +945,7 @@ def _text(value: Any) -> str:
         return f"[{','.join(_text(x) for x in value)}]"
     text = str(value)
     if isinstance(value, str) and not re.fullmatch(r"[\w./:@-]+", text):
-        return "'" + text.replace("\\", "\\\\").replace("'", r"\'") + "'"
+        return '"' + text.replace("\\", "\\\\").replace('"', r"\"") + '"'
     return text
 
 

@@ -144,7 +144,7 @@ def _table(given: dict[str, Any], prefix: str = "") -> list[str]:
         if made := re.match(r"field\(default_factory=(?:lambda: )?(.*)\)$", str(default), re.S):
             if made[1][0].isupper():  # a part, which has a table of its own
                 continue
-            default = {"list": "[]", "dict": "{}"}.get(made[1], made[1])
+            default = {"list": "[]", "dict": "{}"}.get(made[1], f"{made[1]}()" if made[1].isidentifier() else made[1])
         shown = "required" if default in (None, "'???'") else _code(str(default))
         rows.append(f"| `{prefix}{setting.name}` | {_code(setting.type)} | {shown} | {_cell(setting.comment)} |")
     return [*rows, *parts]

@@ -152,6 +152,7 @@ FILES = {
         num_iterations: 2
         max_completion_length: 1024
         max_steps: 600
+        warmup_steps: 40
         temperature: 0.7
         top_p: 0.95
         top_k: 50
@@ -161,7 +162,7 @@ FILES = {
         {
             # a generation batch is 8 x 8 = 64 completions, 4 prompts; 64 / (8 x 4) = 2 updates a pass, 2 passes: 600 / 4 steps
             "algo._target_": "alignkit.algos.grpo.GRPO", "algo.k": 16, "algo.prompts_per_step": 4, "algo.minibatches": 2,
-            "algo.epochs": 2, "algo.steps": 150, "algo.max_new_tokens": 1024, "evaluate.max_new_tokens": 1024,
+            "algo.epochs": 2, "algo.steps": 150, "algo.warmup": 10, "algo.max_new_tokens": 1024, "evaluate.max_new_tokens": 1024,
             "algo.temperature": 0.7, "algo.top_p": 0.95, "algo.top_k": 50, "algo.kl": 0.001, "algo.normalize": "tokens",
             "algo.lr": 1e-6, "reward._target_": "alignkit.rewards.rule.Answer", "reward.column": "solution", "data.response": None,
         },
@@ -247,6 +248,17 @@ def test_no_key_is_lost(trainer: str) -> None:
         assert not found.unknown
         rows = [left for left, _ in (*found.translated, *found.missing)]
         assert any(f", {key}: " in f", {left}" for left in rows), key
+
+
+def test_what_is_off_needs_no_word() -> None:
+    found = of(
+        BASE + "packing: false\nbf16: false\ngradient_checkpointing: false\nload_best_model_at_end: false\n", "sft"
+    )
+    assert not found.missing
+    assert {left for left, right in found.translated if right.startswith("nothing to set")} == {
+        "packing: false", "bf16: false", "gradient_checkpointing: false", "load_best_model_at_end: false",
+    }  # fmt: skip
+    assert of(BASE + "disable_dropout: false\n", "dpo").missing  # here there is none
 
 
 # ---- losses --------------------------------------------------------------------------------------------------
