@@ -7,11 +7,13 @@ written into the command too, so that the command trains what TRL would have tra
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
 import shlex
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,9 @@ WHY = (  # pattern of keys → why there is no equivalent, and what to do instea
 )  # fmt: skip
 
 
+CLASSES = {"model": "Model", "evaluate": "Evaluate", "run": "RunSettings"}
+
+
 @dataclass
 class Translation:
     """What became of a file: the words of ``alignkit train``, and (what TRL's file or default says, what came of it)."""
@@ -282,20 +287,7 @@ class _Reading:
     def own(self, word: str) -> Any:
         """alignkit's default of a setting, by the method that is chosen."""
         node, _, key = word.partition(".")
-        if node != "algo":
-            target, given = (
-                f"alignkit.config.{ {'model': 'Model', 'evaluate': 'Evaluate', 'run': 'RunSettings'}[node] }",
-                {},
-            )
-        else:
-            given = catalog.read(catalog.options("algo")[self.method])["algo"]
-            target = given["_target_"]
-        default = (settings_of(target) or {})[key].default
-        return (
-            given[key]
-            if key in given
-            else yaml.safe_load(str(default).replace("None", "null").replace("(", "[").replace(")", "]"))
-        )
+        return _defaults(self.method if node == "algo" else f"alignkit.config.{CLASSES[node]}")[key]
 
     def put(self, word: str, value: Any, *keys: str) -> None:
         """``word=value``; a default of TRL goes into the command where alignkit's is another one."""
@@ -919,6 +911,20 @@ class _Reading:
                 self.miss("report_to", f"no {', '.join(others)}: metrics.jsonl, `alignkit report`, or run.wandb=auto")
         if self.given.get("project"):
             self.word(f"run.project={_text(self.given['project'])}", "project")
+
+
+@cache
+def _defaults(name: str) -> dict[str, Any]:
+    """Setting → default of a method, as its file and its class have it, or of the class at a dotted path."""
+    given = {} if "." in name else catalog.read(catalog.options("algo")[name])["algo"]
+    found = {}
+    for setting in (settings_of(given.get("_target_", name)) or {}).values():
+        try:
+            value = given[setting.name] if setting.name in given else ast.literal_eval(str(setting.default))
+        except (ValueError, SyntaxError):
+            continue  # made by a function: no setting that is asked for here
+        found[setting.name] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def said(found: Translation, name: str) -> str:
