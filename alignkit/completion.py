@@ -73,7 +73,7 @@ RUNS = ("evaluate", "report", "compare", "table")  # verbs that name run directo
 def main(words: list[str]) -> None:
     """``bash|zsh|fish``: print the script. ``--words …``: print the candidates for the last of these words."""
     if words[:1] == ["--words"]:
-        print("\n".join(candidates(words[1:])))
+        print("".join(f"{word}\n" for word in candidates(words[1:])), end="")
         return
     if len(words) != 1 or words[0] not in SCRIPTS:
         wrong = suggest(words[0], SCRIPTS) if len(words) == 1 else ""

@@ -170,6 +170,7 @@ class Translation:
     translated: list[tuple[str, str]] = field(default_factory=list)  # key: value → word
     missing: list[tuple[str, str]] = field(default_factory=list)  # key: value → why, and what to do instead
     unknown: list[tuple[str, str]] = field(default_factory=list)  # key → no key of this trainer
+    notes: list[tuple[str, str]] = field(default_factory=list)  # what TRL does → what is done here
     defaults: list[tuple[str, str]] = field(
         default_factory=list
     )  # TRL's default of a key the file leaves out → what of it
@@ -503,7 +504,7 @@ class _Reading:
         )
         if chats:
             self.word("data.messages=messages", "assistant_only_loss")
-            self.out.defaults.append(
+            self.out.notes.append(
                 (
                     "every assistant turn is trained (assistant_only_loss) or every token",
                     "the last assistant turn of a row is",
@@ -521,7 +522,7 @@ class _Reading:
             self.out.words.append("data.response=null")
         if there is None and not chats and not text:
             also = "; data.messages=messages for chats" if self.trainer == "sft" else ""
-            self.out.defaults.append(
+            self.out.notes.append(
                 (f"columns {', '.join(wanted)}", f"taken for granted: the data were not looked at{also}")
             )
         elif there is not None and not chats and not text:
@@ -613,9 +614,10 @@ class _Reading:
             self.used.add("max_length")
         elif self.method == "bt":
             self.put("algo.max_tokens", self.whole("max_length"), "max_length")
+            self.out.notes.append(("longer pairs than max_length are left out", "algo.max_tokens cuts them"))
         else:
             self.put("algo.max_response_tokens", self.whole("max_length"), "max_length")
-            self.out.defaults.append(
+            self.out.notes.append(
                 (
                     "max_length counts prompt and response",
                     "algo.max_response_tokens counts the response; prompts are not cut",
@@ -934,6 +936,7 @@ def said(found: Translation, name: str) -> str:
         (f"translated from {name} (trl {found.trainer})", found.translated, "→ "),
         ("without an equivalent", found.missing, ""),
         ("unknown to TRL", found.unknown, ""),
+        ("not the same", found.notes, "→ "),
         ("TRL's defaults where alignkit's differ", found.defaults, "→ "),
     )
     for title, pairs, arrow in parts:
