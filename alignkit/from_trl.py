@@ -240,7 +240,10 @@ def translate(config: dict[str, Any], trainer: str, name: str = "CONFIG.yaml") -
     Raises:
         UserError: no model or no data set is named, a value that should be a number is none.
     """
-    return _Reading(config, trainer, name).run()
+    try:
+        return _Reading(config, trainer, name).run()
+    except (ValueError, TypeError, ArithmeticError) as e:
+        raise UserError(f"{name}: a value is none that `trl {trainer}` takes ({e}). Mend it first.") from None
 
 
 class _Reading:
@@ -278,7 +281,9 @@ class _Reading:
         """A number; YAML reads ``5e-7`` as text."""
         value = self.value(key)
         try:
-            return float(value) if not isinstance(value, bool) else float("nan")
+            if isinstance(value, bool) or not math.isfinite(number := float(value)):
+                raise ValueError
+            return number
         except (TypeError, ValueError):
             raise UserError(f"{self.name}: {key} must be a number, is {value!r}.") from None
 
@@ -548,7 +553,8 @@ class _Reading:
         split, held_out = str(self.value("dataset_train_split")), str(self.value("dataset_test_split"))
         several = self.given.get("datasets")
         if several:
-            first = several[0] if isinstance(several, list) and isinstance(several[0], dict) else {"path": several}
+            first = several[0] if isinstance(several, list) else several
+            first = first if isinstance(first, dict) else {"path": first}
             if isinstance(several, list) and len(several) > 1:
                 self.miss(
                     "datasets",

@@ -309,6 +309,11 @@ def test_what_has_no_equivalent_is_said(more: str, trainer: str, key: str) -> No
     built(found)
 
 
+def test_a_step_without_prompts_is_refused() -> None:
+    with pytest.raises(UserError, match="a value is none that `trl grpo` takes"):
+        of(BASE + "num_generations: 0", "grpo")
+
+
 def test_several_data_sets() -> None:
     text = "model_name_or_path: a/b\ndatasets:\n  - {path: org/one, split: part}\n  - {path: org/two}\n"
     found = of(text, "sft")
@@ -357,6 +362,12 @@ def test_a_typo_is_no_key_of_trl() -> None:
         ("dataset_name: a/b", "names no model_name_or_path"),
         ("model_name_or_path: a/b", "names neither dataset_name nor datasets"),
         (BASE + "learning_rate: fast", "learning_rate must be a number, is 'fast'"),
+        (BASE + "learning_rate: true", "learning_rate must be a number, is True"),
+        (BASE + "max_steps: .inf", "max_steps must be a number, is inf"),
+        (
+            BASE + "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: low}",
+            "a value is none that `trl sft` takes",
+        ),
         (BASE + "max_length: 5\nmax_seq_length: 6", "max_seq_length and max_length are the same setting"),
     ],
 )
