@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 BENCH ?=
 
-.PHONY: demo setup format lint type check test browser smoke golden bench
+.PHONY: demo setup format lint type check test browser shells docs smoke golden bench
 
 demo: setup  ## ESRL on the bundled model and data, test metrics before and after
 	$(BIN)/alignkit train +algo=esrl $(ARGS)
@@ -31,11 +31,19 @@ type: setup
 check: lint type  ## what must be clean at every commit
 
 test: setup  ## all tests
-	$(BIN)/pytest -n 2 --ignore=tests/test_report_browser.py $(ARGS)
+	$(BIN)/pytest -n 2 --ignore=tests/test_report_browser.py --ignore=tests/test_completion_shells.py $(ARGS)
 
 browser: setup  ## the report's page in a real browser; wants chromium (Debian: apt-get install chromium)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	$(BIN)/pytest tests/test_report_browser.py $(ARGS)
+
+shells: setup  ## completion in real shells; wants zsh and fish (Debian: apt-get install zsh fish)
+	$(BIN)/pytest tests/test_completion_shells.py $(ARGS)
+
+docs: setup  ## the documentation as a site in site/, which works from a folder
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python scripts/make_docs.py --check site
 
 smoke: setup  ## each stage's tiny configuration through the real command line
 	$(BIN)/pytest tests/test_smoke.py $(ARGS)

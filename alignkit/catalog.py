@@ -53,8 +53,14 @@ def read(path: Path) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for entry in content.get("defaults", []):
         if isinstance(entry, str) and entry.startswith("_") and entry != "_self_":
-            merged.update(read(path.with_name(f"{entry}.yaml")))
+            merged.update(read(_base(path, entry)))
     return {**merged, **content}
+
+
+def _base(path: Path, name: str) -> Path:
+    """The file of a private base: beside the file that names it, else the shipped one, as Hydra finds it."""
+    beside = path.with_name(f"{name}.yaml")
+    return beside if beside.is_file() else conf_dir() / path.parent.name / beside.name
 
 
 def listing(extra: list[Path] = []) -> str:  # noqa: B006
@@ -96,7 +102,7 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
             ]
             lines += [path.read_text(encoding="utf-8").rstrip()]
             for base in bases:
-                lines += ["", f"{base}:", path.with_name(f"{base}.yaml").read_text(encoding="utf-8").rstrip()]
+                lines += ["", f"{base}:", _base(path, base).read_text(encoding="utf-8").rstrip()]
             lines += [*(_memory(content) if group == "preset" else [])]
             if "_target_" in content:
                 where = f"algo.{group}" if group in PARTS else group
@@ -264,7 +270,7 @@ def _left_open(group: str, path: Path, extra: list[Path]) -> list[str]:
     ]  # of a method's file
     for entry in content.get("defaults", []):
         if isinstance(entry, str) and entry.startswith("_") and entry != "_self_":
-            found += _left_open(group, path.with_name(f"{entry}.yaml"), extra)
+            found += _left_open(group, _base(path, entry), extra)
         for key, choice in entry.items() if isinstance(entry, dict) else ():
             chosen = key.removeprefix("override ").lstrip("/").partition("@")[0]
             found += _left_open(chosen, options(chosen, extra)[choice], extra)

@@ -1,4 +1,4 @@
-"""The command line: ``alignkit train|evaluate|report|compare|table|list|show|doctor``."""
+"""The command line: ``alignkit train|evaluate|report|compare|…``; ``USAGE`` lists the verbs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ USAGE = """alignkit: alignment experiments from one configuration
   alignkit list                                methods by stage, presets, models, data, rewards
   alignkit show NAME                           a method's card: idea, settings, example
   alignkit show settings                       what every run takes: model.*, evaluate.*, run.*
+  alignkit from-trl CONFIG.yaml                a configuration of TRL's command line as words of `alignkit train`
+  alignkit completion bash|zsh|fish            a script that lets the shell complete all of this
   alignkit doctor                              versions, devices, caches, and what is wrong
 
 `alignkit train +algo=NAME --cfg job` prints the composed configuration; `--help` prints Hydra's flags."""
 
 RECORD = (".hydra", ".lock", "command.txt", "config.yaml", "environment.json", "data.json", "wandb")
 CONFIG_DIR = ("--config-dir", "-cd")
-VERBS = ("train", "evaluate", "claim", "report", "compare", "table", "list", "show", "doctor")
+VERBS = (
+    "train", "evaluate", "claim", "report", "compare", "table", "list", "show", "from-trl", "completion", "doctor",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,6 +77,14 @@ def _dispatch(words: list[str]) -> None:
         if len(names) != 1:
             raise UserError("show: name one method, preset, model, data set or reward, as in `alignkit show esrl`.")
         print(card(names[0], extra))
+    elif verb == "from-trl":
+        from alignkit.from_trl import main as from_trl
+
+        from_trl(rest)
+    elif verb == "completion":
+        from alignkit.completion import main as completion
+
+        completion(rest)
     elif verb == "doctor":
         from alignkit.catalog import doctor
 

@@ -92,7 +92,7 @@ def test_an_unknown_verb(cli: Callable[..., tuple[int, str, str]]) -> None:
     assert code == 2
     assert (
         err
-        == "error: '+algo=esrl' is not a command. There is: claim, compare, doctor, evaluate, list, report, show, table, train.\n"
+        == "error: '+algo=esrl' is not a command. There is: claim, compare, completion, doctor, evaluate, from-trl, list, report, show, table, train.\n"
     )
 
 
