@@ -142,7 +142,11 @@ def lint(policy: Policy, rows: list[Row]) -> list[str]:
             "another. Take it out of data.prompt or of the chat template."
         )
     end = tokenizer.eos_token
-    spelled = sum(isinstance(row.get("response"), str) and row["response"].rstrip().endswith(end) for row in rows) if end else 0
+    spelled = (
+        sum(isinstance(row.get("response"), str) and row["response"].rstrip().endswith(end) for row in rows)
+        if end
+        else 0
+    )
     if spelled:
         found.append(
             f"{spelled} of {len(rows)} responses end with {end!r} as text, which is learned letter by letter before the real end "
@@ -167,7 +171,9 @@ def _template(policy: Policy, row: Row) -> list[str]:
         raise UserError(f"row {row['id']}: the tokenizer's chat template refuses it: {e} Change data.prompt.") from None
     found = []
     if _system(row) and _system(row).strip() not in opened:
-        found.append("the chat template leaves out the system message: the model never sees it. Put it into the user's turn.")
+        found.append(
+            "the chat template leaves out the system message: the model never sees it. Put it into the user's turn."
+        )
     try:
         told = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], tokenize=False)
     except TemplateError:
@@ -192,7 +198,9 @@ def unended(batch: Batch, cfg: DictConfig) -> list[str]:
     ended = batch.extra.get("ended")
     if ended is None or bool(ended.any()):
         return []
-    limit = next((f"{name}={cfg.algo[name]}" for name in ("max_response_tokens", "max_tokens") if cfg.algo.get(name)), "")
+    limit = next(
+        (f"{name}={cfg.algo[name]}" for name in ("max_response_tokens", "max_tokens") if cfg.algo.get(name)), ""
+    )
     return [
         f"none of the {len(batch)} responses looked at ends with the end-of-sequence token{f' ({limit} cuts them all)' if limit else ''}: "
         "the model does not learn to stop."
@@ -212,7 +220,9 @@ def ask(reward: Reward, rows: list[Row], policy: Policy | None = None) -> list[s
     """
     known = [(row, text) for row in rows[: 8 * ASKED] if (text := _reference(row)) is not None][:ASKED]
     asked = [(row, text) for row, text in known]
-    others = [next((other for _, other in known[i:] + known[:i] if other != text), None) for i, (_, text) in enumerate(known)]
+    others = [
+        next((other for _, other in known[i:] + known[:i] if other != text), None) for i, (_, text) in enumerate(known)
+    ]
     asked += [(row, other) for (row, _), other in zip(known, others, strict=True) if other is not None]
     asked += [(row, "") for row in rows[:ASKED]]
     given = [{**row, "response": text} for row, text in asked]
@@ -287,14 +297,20 @@ def disk(run: Run, model: Any, optimizer: torch.optim.Optimizer, steps: int) -> 
 
 
 def _size(n: float) -> str:
-    return next(f"{n / 10**e:.3g} {unit}" for e, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (0, "bytes")) if n >= 10**e or not e)
+    return next(
+        f"{n / 10**e:.3g} {unit}" for e, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (0, "bytes")) if n >= 10**e or not e
+    )
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 def _try(
-    run: Run, model: Any, optimizer: torch.optim.Optimizer, longest: Callable[[], Batch], loss: Callable[[Batch], torch.Tensor]
+    run: Run,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    longest: Callable[[], Batch],
+    loss: Callable[[Batch], torch.Tensor],
 ) -> None:
     """The longest micro-batch forward and backward, beside what AdamW will keep; nothing of it stays.
 
@@ -314,7 +330,9 @@ def _try(
     except (MemoryError, RuntimeError, OSError) as e:
         if not out_of_memory(e):
             raise
-        raise UserError(too_large(run, "update", f"the longest batch, before the first step{shape and ': '}{shape}", e)) from None
+        raise UserError(
+            too_large(run, "update", f"the longest batch, before the first step{shape and ': '}{shape}", e)
+        ) from None
     finally:
         for p in weights:
             p.grad = None
@@ -396,5 +414,9 @@ def too_large(run: Run, phase: str, what: str, e: BaseException) -> str:
     return (
         f"out of memory in phase {phase}{f' ({what})' if what else ''}: {(str(e).splitlines() or [type(e).__name__])[0][:160]} Change "
         f"{', '.join(named)}. "
-        + (f"Nothing that was computed up to step {kept} is lost: it is saved in {run.dir}." if kept >= 0 else "No step was done yet.")
+        + (
+            f"Nothing that was computed up to step {kept} is lost: it is saved in {run.dir}."
+            if kept >= 0
+            else "No step was done yet."
+        )
     )

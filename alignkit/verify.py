@@ -21,6 +21,11 @@ from alignkit.signature import settings_of
 
 CLOCK = ("seconds", "peak_mb", "share/", "tokens_per_second", "step_seconds")  # by the clock, or the process's memory
 STARTS = ("resumes", "directory")  # of result.json: how often, and where
+LOADED = (
+    "is_local",
+    "name_or_path",
+    "_name_or_path",
+)  # transformers' notes of where a model or tokenizer was read from
 RECORDS = (".hydra", ".lock", "command.txt", "config.yaml", "environment.json", "data.json", "wandb", "README.md")
 NOTHING_TO_RESUME = {
     "evaluate": "it measures and learns nothing, and is done again from the start",
@@ -83,7 +88,9 @@ def run(words: list[str], steps: int = 2, more: int = 2) -> int:
 
 
 def _length(cfg: DictConfig, steps: int, more: int) -> str:
-    return "once" if cfg.stage in ("study", "judge") else f"{steps + more} {'parts' if cfg.stage == 'refine' else 'steps'}"
+    return (
+        "once" if cfg.stage in ("study", "judge") else f"{steps + more} {'parts' if cfg.stage == 'refine' else 'steps'}"
+    )
 
 
 def composed(words: list[str]) -> DictConfig:
@@ -131,10 +138,17 @@ def _small(cfg: DictConfig, words: list[str], steps: int, more: int) -> list[str
     total = steps + more
     takes = settings_of(cfg.algo["_target_"]) or {}
     forced: dict[str, Any] = {"run.save_every": steps, "run.wandb": "disabled", "run.overwrite": "false"}
-    wanted: dict[str, Any] = {"evaluate.rows": 16, "evaluate.bootstrap": 20, "evaluate.every": steps, "evaluate.final": "last"}
+    wanted: dict[str, Any] = {
+        "evaluate.rows": 16,
+        "evaluate.bootstrap": 20,
+        "evaluate.every": steps,
+        "evaluate.final": "last",
+    }
     if cfg.stage == "refine":
         wanted["algo.rows_per_part"] = PART
-        wanted["data.limit"] = total * int(next((w.partition("=")[2] for w in words if "algo.rows_per_part=" in w), PART))
+        wanted["data.limit"] = total * int(
+            next((w.partition("=")[2] for w in words if "algo.rows_per_part=" in w), PART)
+        )
     elif "steps" in takes:
         forced["algo.steps"] = total
         wanted["algo.warmup"] = 1
@@ -221,7 +235,11 @@ def _starts(directory: Path) -> int:
 
 def saved(directory: Path) -> int:
     """The last step from which a run can go on, -1 where there is none."""
-    steps = [int(p.name.rpartition("-")[2]) for p in directory.glob("checkpoint-*[0-9]") if (p / "state" / "run.json").exists()]
+    steps = [
+        int(p.name.rpartition("-")[2])
+        for p in directory.glob("checkpoint-*[0-9]")
+        if (p / "state" / "run.json").exists()
+    ]
     parts = directory / "parts" / "run.json"
     if parts.exists():
         steps.append(int(json.loads(parts.read_text(encoding="utf-8"))["step"]))
@@ -251,7 +269,9 @@ def compare(whole: Path, broken: Path, stage: str) -> tuple[str, list[str]]:
     """
     from alignkit.run import hash_weights
 
-    names = sorted({p.relative_to(d) for d in (whole, broken) for p in _files(d)}, key=lambda n: (n.name != "metrics.jsonl", n))
+    names = sorted(
+        {p.relative_to(d) for d in (whole, broken) for p in _files(d)}, key=lambda n: (n.name != "metrics.jsonl", n)
+    )
     left_out = CLOCK + STARTS + (TOTALS if stage in ("refine", "judge") else ())
     counts: Counter[str] = Counter()
     different = []
@@ -260,7 +280,8 @@ def compare(whole: Path, broken: Path, stage: str) -> tuple[str, list[str]]:
             different.append(f"{name}: only the {'unbroken' if (whole / name).exists() else 'resumed'} run has it")
             continue
         clocked = name.name in ("metrics.jsonl", "result.json", "run.json")
-        found = next(_file_differences(whole / name, broken / name, left_out if clocked else (), counts), None)
+        ignored = left_out if clocked else LOADED if name.name in ("config.json", "tokenizer_config.json") else ()
+        found = next(_file_differences(whole / name, broken / name, ignored, counts), None)
         different += [f"{name}{found}"] if found else []
     said = [f"{counts['tensors']:,} tensors"] if counts["tensors"] else []
     said += [f"{n:,} lines of {file}" for file, n in counts.items() if file.endswith(".jsonl")]
@@ -281,8 +302,8 @@ def _file_differences(one: Path, other: Path, left_out: tuple[str, ...], counts:
     if one.suffix in (".safetensors", ".pt"):
         a, b = _tensors(one), _tensors(other)
         counts["tensors"] += sum(1 for _ in _leaves(a))
-        if one.suffix == ".safetensors":  # tied weights may be saved under another of their names
-            b = {**b, **{k: b.pop(j) for k in a.keys() - b.keys() for j in b.keys() - a.keys() if not _apart(a[k], b[j])}}
+        if one.suffix == ".safetensors":
+            b = _renamed(a, b)
         yield from differences(a, b, ": ")
     elif one.suffix == ".jsonl":
         lines = [[x for x in p.read_text(encoding="utf-8").split("\n") if x] for p in (one, other)]
@@ -294,9 +315,21 @@ def _file_differences(one: Path, other: Path, left_out: tuple[str, ...], counts:
         if len(lines[0]) != len(lines[1]):
             yield f": {len(lines[0])} lines, {len(lines[1])} lines"
     elif one.suffix == ".json":
-        yield from differences(*(json.loads(p.read_text(encoding="utf-8")) for p in (one, other)), ": ", left_out)
+        a, b = (json.loads(p.read_text(encoding="utf-8")) for p in (one, other))
+        yield from differences(a, b, ": ", left_out)
     elif one.read_bytes() != other.read_bytes():
         yield ": other bytes"
+
+
+def _renamed(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """``b`` with the names of ``a``, where equal tensors have other names: tied weights are saved under any of theirs."""
+    left = [k for k in a if k not in b]
+    found = {}
+    for name, tensor in b.items():
+        same = next((k for k in left if name not in a and not _apart(a[k], tensor)), name)
+        left = [k for k in left if k != same]
+        found[same] = tensor
+    return found
 
 
 def _tensors(file: Path) -> Any:

@@ -14,9 +14,7 @@ MEASURES = ("evaluate", "evaluate_rm", "evaluate_classes")  # nothing to resume
 METHODS = sorted(
     p.stem for p in (conf_dir() / "algo").glob("*.yaml") if not p.stem.startswith("_") and p.stem not in MEASURES
 )
-SHORT = [
-    w for w in SMALL_RUN if not w.startswith("evaluate.bootstrap")
-]  # a few rows; verify-resume shortens the rest
+SHORT = [w for w in SMALL_RUN if not w.startswith("evaluate.bootstrap")]  # a few rows; verify-resume shortens the rest
 STUDENT = [
     *SHORT, "algo.batch_size=8", "model.config.hidden_size=16", "model.config.num_hidden_layers=1", "model.config.intermediate_size=32",
     "model.config.num_attention_heads=2",
