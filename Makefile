@@ -31,14 +31,14 @@ type: setup
 check: lint type  ## what must be clean at every commit
 
 test: setup  ## all tests
-	$(BIN)/pytest -n 2 --ignore=tests/test_report_browser.py $(ARGS)
+	$(BIN)/pytest -n 2 --ignore=tests/test_report_browser.py --ignore=tests/test_verify_every_method.py $(ARGS)
 
 browser: setup  ## the report's page in a real browser; wants chromium (Debian: apt-get install chromium)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	$(BIN)/pytest tests/test_report_browser.py $(ARGS)
 
-smoke: setup  ## each stage's tiny configuration through the real command line
-	$(BIN)/pytest tests/test_smoke.py $(ARGS)
+smoke: setup  ## each stage's tiny configuration through the real command line, and every method killed and gone on with
+	$(BIN)/pytest tests/test_smoke.py tests/test_verify_every_method.py $(ARGS)
 
 golden: setup  ## write tests/golden anew: only after a change that is meant to change numbers
 	$(BIN)/python scripts/golden.py

@@ -199,7 +199,7 @@ def unended(batch: Batch, cfg: DictConfig) -> list[str]:
     if ended is None or bool(ended.any()):
         return []
     limit = next(
-        (f"{name}={cfg.algo[name]}" for name in ("max_response_tokens", "max_tokens") if cfg.algo.get(name)), ""
+        (f"algo.{name}={cfg.algo[name]}" for name in ("max_response_tokens", "max_tokens") if cfg.algo.get(name)), ""
     )
     return [
         f"none of the {len(batch)} responses looked at ends with the end-of-sequence token{f' ({limit} cuts them all)' if limit else ''}: "

@@ -23,6 +23,7 @@ CLOCK = ("seconds", "peak_mb", "share/", "tokens_per_second", "step_seconds")  #
 STARTS = ("resumes", "directory")  # of result.json: how often, and where
 LOADED = (
     "is_local",
+    "local_files_only",
     "name_or_path",
     "_name_or_path",
 )  # transformers' notes of where a model or tokenizer was read from
