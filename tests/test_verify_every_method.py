@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from running import command
-from verifying import METHODS, words_of
+from verifying import METHODS, verified, words_of
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +15,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_twice_it_ends_where_an_unbroken_run_does(made: Path, name: str) -> None:
-    done = command("verify-resume", *words_of(name, made))
+    done = verified(*words_of(name, made))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "OK: the same to the last bit" in done.stdout

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import SMALL_RL, SMALL_SEQ2SEQ, command
+from running import SMALL_RL, SMALL_SEQ2SEQ
 from safetensors.torch import save_file
-from verifying import MEASURES, words_of
+from verifying import MEASURES, verified, words_of
 
 from alignkit.verify import compare, differences, without_clock
 
@@ -41,7 +41,7 @@ def test_a_method_of_each_loop_is_killed_twice(tmp_path: Path, monkeypatch: pyte
     """Stage rl with a critic, the supervised loop, repeated trainings of a student, and a data set made in parts."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "runs"))
     (tmp_path / "runs").mkdir()
-    done = command("verify-resume", *words_of(name, tmp_path / "made"))
+    done = verified(*words_of(name, tmp_path / "made"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "killed in step" in done.stdout
     assert "OK: the same to the last bit" in done.stdout
@@ -61,7 +61,7 @@ def test_a_method_that_forgets_is_found_out(tmp_path: Path, monkeypatch: pytest.
     )
     small = [w for w in (*SMALL_SEQ2SEQ, *SMALL_RL) if not w.startswith("algo.steps")]
     words = [f"--config-dir={mine}", "+algo=forgetful", "data=rnnlg_acts", "reward=length", "reward.target=4", *small]
-    done = command("verify-resume", *words, "--steps=2", "--more", "2")
+    done = verified(*words, "--steps=2", "--more", "2")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "metrics.jsonl line 4 (step 3): " in done.stdout and "counted: 3.0 unbroken, 1.0 resumed" in done.stdout
     assert "final/model.safetensors: " in done.stdout and "differs, max |difference| " in done.stdout
@@ -93,7 +93,7 @@ def test_mistakes(cli: Callable[..., tuple[int, str, str]], words: list[str], me
 
 def test_a_run_that_fails_is_an_error_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    done = command("verify-resume", "+algo=esrl", "data.train=/nowhere.jsonl", "run.threads=1")
+    done = verified("+algo=esrl", "data.train=/nowhere.jsonl", "run.threads=1")
     assert done.returncode == 2
     assert "the run failed (exit 2)" in done.stderr and "nowhere.jsonl" in done.stderr
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +40,12 @@ OWN = {
     "srt_self": ["run.threads=1", "algo.max_new_tokens=8", "algo.max_feedback_tokens=16"],
 }  # fmt: skip
 STAGES = {"rl": [*SMALL_RL, *SMALL_CAUSAL], "pref": PREF, "rm": ENCODER, "refine": REFINE}
+
+
+def verified(*words: str) -> subprocess.CompletedProcess[str]:
+    """``alignkit verify-resume WORDS``: five processes, which a busy machine may take minutes to start."""
+    command = [sys.executable, "-m", "alignkit", "verify-resume", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
 
 
 def stage_of(name: str) -> str:
