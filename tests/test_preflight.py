@@ -115,7 +115,7 @@ def test_the_longest_samples_fill_the_micro_batch(policy: Policy, rows: Any) -> 
 LIMITED = """
 import resource, sys
 from alignkit import cli, preflight, run
-{before}
+
 def limit():
     with open("/proc/self/status") as f:
         size = next(int(line.split()[1]) for line in f if line.startswith("VmSize")) * 1024
@@ -141,9 +141,9 @@ def limited(where: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     words = ["+algo=sft", "data=custom", f"data.train={file}", "data.prompt='{q}'", "data.response='{a}'", "model=tiny_seq2seq",
              "algo.batch_size=2000", "algo.micro_tokens=1000000", "algo.steps=4", "run.save_every=1", "run.threads=1",
              "run.wandb=disabled", "evaluate.every=0", "algo.warmup=1", f"run.root={tmp_path}/runs"]  # fmt: skip
-    if "IN_STEP" in where or "update" in where:
+    if "update" in where:
         words = [w for w in words if "micro_tokens" not in w and "batch_size" not in w] + ["algo.batch_size=8"]
-    script = LIMITED.format(before="", where=where)
+    script = LIMITED.format(where=where)
     return subprocess.run(
         [sys.executable, "-c", script, "train", *words], capture_output=True, text=True, timeout=300, check=False
     )
