@@ -31,7 +31,8 @@ type: setup
 check: lint type  ## what must be clean at every commit
 
 test: setup  ## all tests
-	$(BIN)/pytest -n 2 --ignore=tests/test_report_browser.py --ignore=tests/test_completion_shells.py $(ARGS)
+	$(BIN)/pytest -n 2 --ignore=tests/test_report_browser.py --ignore=tests/test_completion_shells.py \
+		--ignore=tests/test_verify_every_method.py $(ARGS)
 
 browser: setup  ## the report's page in a real browser; wants chromium (Debian: apt-get install chromium)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
@@ -45,8 +46,8 @@ docs: setup  ## the documentation as a site in site/, which works from a folder
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python scripts/make_docs.py --check site
 
-smoke: setup  ## each stage's tiny configuration through the real command line
-	$(BIN)/pytest tests/test_smoke.py $(ARGS)
+smoke: setup  ## each stage's tiny configuration through the real command line, and every method killed and gone on with
+	$(BIN)/pytest tests/test_smoke.py tests/test_verify_every_method.py $(ARGS)
 
 golden: setup  ## write tests/golden anew: only after a change that is meant to change numbers
 	$(BIN)/python scripts/golden.py

@@ -20,6 +20,7 @@ USAGE = """alignkit: alignment experiments from one configuration
   alignkit compare A B                         settings, results and costs of two runs, with paired differences
   alignkit table --latex RUN_OR_FOLDER …       results as LaTeX, Markdown (--markdown) or CSV (--csv)
   alignkit claim NAME [--quick] [key=value …]  measure again what a paper claims: PASS, FAIL or INCONCLUSIVE
+  alignkit verify-resume +algo=NAME [words …]  kill a short run, go on with it, compare it bit for bit with an unbroken one
   alignkit list                                methods by stage, presets, models, data, rewards
   alignkit show NAME                           a method's card: idea, settings, example
   alignkit show settings                       what every run takes: model.*, evaluate.*, run.*
@@ -32,7 +33,7 @@ USAGE = """alignkit: alignment experiments from one configuration
 RECORD = (".hydra", ".lock", "command.txt", "config.yaml", "environment.json", "data.json", "wandb")
 CONFIG_DIR = ("--config-dir", "-cd")
 VERBS = (
-    "train", "evaluate", "claim", "report", "compare", "table", "list", "show", "from-trl", "completion", "doctor",
+    "train", "evaluate", "claim", "verify-resume", "report", "compare", "table", "list", "show", "from-trl", "completion", "doctor",
 )  # fmt: skip
 
 
@@ -65,6 +66,8 @@ def _dispatch(words: list[str]) -> None:
         getattr(command, verb)(rest)
     elif verb == "claim":
         sys.exit(_claim(rest))
+    elif verb == "verify-resume":
+        sys.exit(_verify(rest))
     elif verb == "list":
         from alignkit.catalog import listing
 
@@ -121,6 +124,25 @@ def _claim(words: list[str]) -> int:
     roots = [w.partition("=")[2] for w in rest if w.startswith("run.root=")]
     more = [w for w in rest if w not in names and not w.startswith("run.root=")]
     return claim.run(names[0], quick=quick, seeds=seeds, root=roots[-1] if roots else "runs", words=more, extra=extra)
+
+
+def _verify(words: list[str]) -> int:
+    """``+algo=NAME [words …] [--steps N] [--more M]``."""
+    from alignkit import verify
+
+    numbers = {"--steps": 2, "--more": 2}
+    rest = []
+    left = iter(words)
+    for word in left:
+        flag, _, value = word.partition("=")
+        if flag not in numbers:
+            rest.append(word)
+            continue
+        value = value or next(left, "")
+        if not value.isdigit():
+            raise UserError(f"{flag}: give a number, as in {flag} {numbers[flag]}.")
+        numbers[flag] = int(value)
+    return verify.run(rest, numbers["--steps"], numbers["--more"])
 
 
 def train(words: list[str]) -> None:

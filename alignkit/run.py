@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file, save_model
 
-from alignkit import __version__
+from alignkit import __version__, preflight
 from alignkit.audit import Audit
 from alignkit.batch import Batch, Loss
 from alignkit.config import same_settings, same_sources, signature, whole
@@ -72,6 +72,7 @@ class Run:
         self.ended_by = "algo.steps"  # the setting that set the end
         self._seen: dict[str, float] = {}  # the ledger when `speed` was last asked
         self._inside = 0.0  # seconds of the phases within the present one
+        self._shape = ""  # of what the present phase works at, in words
         self._order: tuple[int, int, list[int]] = (-1, -1, [])
         _keep_freed_memory()
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -206,6 +207,7 @@ class Run:
         total, count = 0.0, 0.0
         metrics: dict[str, float] = {}
         for part in parts:
+            self._shape = preflight.shape_of(part)
             one = loss(part)
             one.total.backward()
             total, count = total + float(one.total.detach()), count + one.count
@@ -237,15 +239,26 @@ class Run:
     # ---- the ledger ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, shape: str = "") -> Iterator[None]:
         """Count the seconds and the peak memory of a phase (``sample``, ``score``, ``update``, ``evaluate``).
 
         The seconds of a phase within another count for the inner one alone.
+
+        Args:
+            shape: what it works at, for the message when the memory is too small; an update tells its own.
+
+        Raises:
+            UserError: the memory is too small.
         """
         _reset_peak()
         start, outer = time.perf_counter(), self._inside
-        self._inside = 0.0
-        yield
+        self._inside, self._shape = 0.0, shape
+        try:
+            yield
+        except (MemoryError, RuntimeError, OSError) as e:
+            if not preflight.out_of_memory(e):
+                raise
+            raise UserError(preflight.too_large(self, name, self._shape, e)) from None
         spent = time.perf_counter() - start
         self.count(f"seconds/{name}", spent - self._inside)
         self._inside = outer + spent
@@ -514,7 +527,7 @@ class Run:
         for stale in self.dir.glob("*.partial"):
             shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink()
         write_atomically(self.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(whole(self.cfg))))
-        environment = environment_record()
+        environment = environment_record() | {"determinism": determinism(self.seed)}
         threads = self.state.get("threads")
         if threads is not None and threads != environment["threads"]:
             print(
@@ -548,6 +561,24 @@ def environment_record() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
+    }
+
+
+def determinism(seed: int) -> dict[str, Any]:
+    """What is set that decides whether the same run gives the same numbers: the seed, and torch's switches."""
+    return {
+        "seed": seed,
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+        "cudnn": {"deterministic": torch.backends.cudnn.deterministic, "benchmark": torch.backends.cudnn.benchmark},
+        "mkldnn": torch.backends.mkldnn.is_available(),
+        "threads": torch.get_num_threads(),
+        "interop_threads": torch.get_num_interop_threads(),
+        "environment": {
+            name: os.environ.get(name)
+            for name in ("PYTHONHASHSEED", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
+        },
     }
 
 

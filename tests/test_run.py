@@ -20,14 +20,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from alignkit.batch import Batch, Loss
 from alignkit.errors import Stopped, UserError
 from alignkit.run import Run, hash_weights
+from alignkit.verify import without_clock
 
 ESRL = ["+algo=esrl", *SMALL_SEQ2SEQ, *SMALL_RL]
-
-
-def without_clock(path: Path) -> list[dict[str, object]]:
-    """Metric lines without what depends on the clock or on the memory of the process."""
-    clock = ("seconds", "peak_mb", "share/", "tokens_per_second", "step_seconds")
-    return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in lines(path)]
 
 
 def test_the_directory_holds_the_record(tmp_path: Path) -> None:

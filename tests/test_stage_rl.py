@@ -15,15 +15,14 @@ from alignkit import ops
 from alignkit.config import check
 from alignkit.errors import Stopped, UserError
 from alignkit.run import Run
+from alignkit.verify import without_clock
 
 QUICK = [*SMALL_RL, "evaluate.every=0", "evaluate.test=false", "run.samples_every=0"]
 LORA = ["model.lora.r=2", "model.lora.alpha=4"]
-CLOCK = ("seconds", "peak_mb", "share/", "tokens_per_second", "step_seconds")
 
 
 def metrics(run: Path) -> list[dict]:
-    """The lines of a run without what depends on the clock or on the memory of the process."""
-    return [{k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in lines(run / "metrics.jsonl")]
+    return without_clock(run / "metrics.jsonl")
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 from running import SMALL_RL, SMALL_SEQ2SEQ, SMALL_SFT, command, composed, lines, train
-from test_run import without_clock
 
 from alignkit import sweep
+from alignkit.verify import without_clock
 
 RL = [*SMALL_SEQ2SEQ, *SMALL_RL, "algo.k=2", "algo.warmup=0", "reward=length", "reward.target=4"]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from alignkit import preflight
 from alignkit.batch import Batch
 from alignkit.data import Row
 from alignkit.ops import warmup_decay
@@ -32,7 +33,8 @@ def fit(
     optimizer = run.optimizer(policy, algo, steps)
     if run.checkpoint:
         algo.load_state(run.state["algo"])
-    elif run.cfg.model.path:  # what is built from scratch has nothing to show yet
+    preflight.fit(run, policy, algo, rows, collate, optimizer, steps)
+    if run.cfg.model.path and not run.checkpoint:  # what is built from scratch has nothing to show yet
         run.begin(policy, optimizer, algo, held_out)
     with run.training(steps):
         for step in range(run.first_step, steps):

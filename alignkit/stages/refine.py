@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from alignkit import feedback
+from alignkit import feedback, preflight
 from alignkit.algos._refine import Refine
 from alignkit.config import signature
 from alignkit.data import Data, Row
@@ -32,13 +32,14 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Refine, reward: Any) -> dic
     if algo.needs_policy:
         policy = load(OmegaConf.to_object(cfg.model), cfg.seed, data.texts())  # type: ignore[arg-type]
         algo.check(policy)
+    preflight.refine(run, policy, algo, rows, reward)
     size = algo.rows_per_part
     count = math.ceil(len(rows) / size)
     with feedback.account(run) as account:
         with run.training(count):
             for step in range(run.first_step, count):
-                with run.phase("refine"):
-                    part = rows[step * size : (step + 1) * size]
+                part = rows[step * size : (step + 1) * size]
+                with run.phase("refine", f"{len(part)} rows"):
                     found = algo.refine(policy, reward, part, account, run.generator(step, "refine"))
                 run.count("rows/read", len(part))
                 run.count("rows/dropped", sum("dropped" in row for row in found))

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_model
 from torch import Tensor
 
+from alignkit import preflight
 from alignkit.algos._rl import RL
 from alignkit.batch import Batch
 from alignkit.config import Model
@@ -37,7 +38,8 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
     held_out = HeldOut(cfg.evaluate, data, reward, run)
     if run.checkpoint:
         algo.load_state(run.state["algo"])
-    else:
+    preflight.rl(run, policy, algo, rows, reward, optimizer)
+    if not run.checkpoint:
         run.begin(policy, optimizer, algo, held_out)
 
     steps = run.first_step if _over(algo, run) else algo.steps
@@ -47,12 +49,12 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
         for step in range(run.first_step, steps):
             run.seed_globally(step)  # for a reward that draws from torch's own generator
             algo.at(step)
-            with run.phase("sample"):
-                prompts = run.draw(rows, algo.rows_per_step, step)
+            prompts = run.draw(rows, algo.rows_per_step, step)
+            with run.phase("sample", f"{len(prompts)} prompts, up to {algo.max_new_tokens} new tokens a response"):
                 batch = algo.sample(policy, prompts, reward, run.generator(step, "sample"))
             run.count("samples", len(batch.drawn()))  # dropped and greedy responses count in tokens and seconds alone
             run.count("tokens/sampled", float(batch.drawn().mask.sum()) + batch.probe_tokens)
-            with run.phase("score"):
+            with run.phase("score", preflight.shape_of(batch)):
                 scored = score(algo, policy, reward, start, batch)
                 algo.observe(scored)
                 batch = algo.credit(scored)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from alignkit import plots
+from alignkit import plots, preflight
 from alignkit.algos._distill import KNOWLEDGE
 from alignkit.algos._select import Select
 from alignkit.classifier import Classifier
@@ -49,6 +49,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Select, reward: Any) -> dic
         algo.load_tensors(torch.load(run.checkpoint / "state" / "algo.pt", weights_only=True))
         found = run.state["algo"]["found"]
     steps = per * episodes
+    preflight.fit(run, student, algo, rows, algo.collate(student), optimizer, steps)
     with run.training(steps):
         for step in range(run.first_step, steps):
             episode, t = divmod(step, per)
