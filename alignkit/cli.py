@@ -1,4 +1,4 @@
-"""The command line: ``alignkit train|evaluate|report|compare|table|list|show|doctor``."""
+"""The command line: ``alignkit train|evaluate|report|compare|diff|table|list|show|explain|doctor``."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ USAGE = """alignkit: alignment experiments from one configuration
   alignkit train +algo=NAME [key=value …]      train by a method; repeat the command to resume
   alignkit train +preset=NAME [key=value …]    run a preset
   alignkit train -m +algo=a,b seed=1,2         sweep, one directory a run
+  alignkit train … --dry-run                   what it would do and need: rows, parameters, memory, disk, an example
   alignkit evaluate RUN_OR_MODEL [data=NAME]   decode and score held-out rows
   alignkit report RUN_OR_FOLDER …              runs as one HTML page, and as tables here
   alignkit compare A B                         settings, results and costs of two runs, with paired differences
+  alignkit diff RUN RUN                        settings, data, packages and commands that two runs do not share
   alignkit table --latex RUN_OR_FOLDER …       results as LaTeX, Markdown (--markdown) or CSV (--csv)
   alignkit claim NAME [--quick] [key=value …]  measure again what a paper claims: PASS, FAIL or INCONCLUSIVE
   alignkit list                                methods by stage, presets, models, data, rewards
   alignkit show NAME                           a method's card: idea, settings, example
   alignkit show settings                       what every run takes: model.*, evaluate.*, run.*
+  alignkit explain KEY [+algo=NAME] [key=value …]  a setting's value, who set it, over what, and what reads it
   alignkit doctor                              versions, devices, caches, and what is wrong
 
 `alignkit train +algo=NAME --cfg job` prints the composed configuration; `--help` prints Hydra's flags."""
 
 RECORD = (".hydra", ".lock", "command.txt", "config.yaml", "environment.json", "data.json", "wandb")
 CONFIG_DIR = ("--config-dir", "-cd")
-VERBS = ("train", "evaluate", "claim", "report", "compare", "table", "list", "show", "doctor")
+VERBS = ("train", "evaluate", "claim", "report", "compare", "diff", "table", "list", "show", "explain", "doctor")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,7 +58,7 @@ def _dispatch(words: list[str]) -> None:
         train(rest)
     elif verb == "evaluate":
         train(evaluate_words(rest))
-    elif verb in ("report", "compare", "table"):
+    elif verb in ("report", "compare", "diff", "table"):
         from alignkit.report import command
 
         getattr(command, verb)(rest)
@@ -73,6 +76,8 @@ def _dispatch(words: list[str]) -> None:
         if len(names) != 1:
             raise UserError("show: name one method, preset, model, data set or reward, as in `alignkit show esrl`.")
         print(card(names[0], extra))
+    elif verb == "explain":
+        print(_explain(rest))
     elif verb == "doctor":
         from alignkit.catalog import doctor
 
@@ -109,6 +114,36 @@ def _claim(words: list[str]) -> int:
     roots = [w.partition("=")[2] for w in rest if w.startswith("run.root=")]
     more = [w for w in rest if w not in names and not w.startswith("run.root=")]
     return claim.run(names[0], quick=quick, seeds=seeds, root=roots[-1] if roots else "runs", words=more, extra=extra)
+
+
+def _explain(words: list[str]) -> str:
+    """``KEY [+algo=NAME] [key=value …]``, in any order."""
+    extra = _use_config_dirs(words)
+    rest = [w for i, w in enumerate(words) if not w.startswith(CONFIG_DIR) and (not i or words[i - 1] not in CONFIG_DIR)]
+    keys = [w for w in rest if "=" not in w and not w.startswith(("-", "~"))]
+    flags = [w for w in rest if w.startswith("-")]
+    if len(keys) != 1 or flags:
+        raise UserError(
+            f"explain: {flags[0]} is no flag; there is --config-dir."
+            if flags
+            else "explain: name one key, as in `alignkit explain algo.lr +algo=esrl`."
+        )
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from alignkit.config import conf_dir, register
+    from alignkit.explain import explain
+
+    register()
+    given = [w for f in extra for w in ("--config-dir", str(f))]
+    rest = hydra_words([*given, *(w for w in rest if w != keys[0])])[len(given) :]
+    rest += [f"hydra.searchpath=[{','.join(f'file://{f.resolve()}' for f in extra)}]"] if extra else []
+    try:
+        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+            return explain(keys[0], compose("config", rest), rest)
+    except (HydraException, OmegaConfBaseException) as e:
+        raise UserError(_uncomposed(e, rest)) from None
 
 
 def train(words: list[str]) -> None:
