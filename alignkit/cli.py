@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from alignkit.errors import Stopped, UserError, suggest
@@ -148,6 +149,7 @@ def _explain(words: list[str]) -> str:
 
 def train(words: list[str]) -> None:
     """Hand the words to Hydra, which composes the configuration and calls ``launch`` once a job."""
+    dry, words = "--dry-run" in words, [w for w in words if w != "--dry-run"]
     words = hydra_words(words)
     flags = {w.partition("=")[0] for w in words if w.startswith("-")}
     if not any(w.startswith(("+algo=", "+preset=")) for w in words) and not flags & {
@@ -174,6 +176,10 @@ def train(words: list[str]) -> None:
     from alignkit.config import conf_dir, register
 
     register()
+    if dry:
+        from alignkit.dry_run import dry_words
+
+        words = dry_words(words)
     if "hydra/sweeper=optuna" in words and not any(w.startswith("hydra.sweeper.direction=") for w in words):
         words.append("hydra.sweeper.direction=maximize")  # as every metric that picks a checkpoint is
     sys.argv = ["alignkit train", *words]
@@ -184,9 +190,11 @@ def train(words: list[str]) -> None:
     def job(cfg: object) -> float | None:
         nonlocal started
         started = True
+        if dry:
+            return _dry(cfg)
         return _alone(cfg) if HydraConfig.get().mode == RunMode.RUN else _job(cfg)
 
-    with sweep.reported():
+    with sweep.reported() if not dry else nullcontext():
         try:
             hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
         except (HydraException, OmegaConfBaseException) as e:
@@ -206,6 +214,19 @@ def _uncomposed(e: Exception, words: list[str]) -> str:
     hint = f" Words of a step want quotes inside: '{step}=\"algo.steps=5\"'." if step else ""
     hint += " Quote a value with braces twice: 'data.prompt=\"{column}\"'." if any("{" in w for w in words) else ""
     return " ".join(str(x).split("\n")[0] for x in (e, e.__cause__) if x) + hint
+
+
+def _dry(cfg: object) -> None:
+    """One job of a dry run; the first mistake ends it, as it would end that job."""
+    from omegaconf import DictConfig
+
+    from alignkit.dry_run import dry_run
+
+    assert isinstance(cfg, DictConfig)
+    try:
+        dry_run(cfg)
+    except UserError as e:
+        _leave(f"error: {e}", 2)
 
 
 def _alone(cfg: object) -> float | None:
