@@ -12,6 +12,7 @@ import ast
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from types import FrameType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -111,6 +112,7 @@ class _Noted:
 
     def __init__(self, name: str, default: Any, value: Any, noted: Callable[[], object]) -> None:
         self.name, self.default, self.value, self.noted = name, default, value, noted
+        self.seen = False
 
     def __get__(self, instance: Any, cls: type) -> Any:
         if instance is None or self.name not in vars(instance):
@@ -118,12 +120,24 @@ class _Noted:
                 raise AttributeError(self.name)
             return self.default
         found = vars(instance)[self.name]
-        if sys._getframe(1).f_globals.get("__name__") not in PASSES_ON and (self.value is ANY or found == self.value):
-            self.noted()  # of another value it is another object: a teacher is a Model too
+        if not self.seen and (self.value is ANY or found == self.value) and not _passed_on(sys._getframe(1)):
+            self.seen = True  # of another value it is another object: a teacher is a Model too
+            self.noted()
         return found
 
     def __set__(self, instance: Any, value: Any) -> None:
         vars(instance)[self.name] = value
+
+
+def _passed_on(frame: FrameType | None) -> bool:
+    """Whether a setting is only copied or checked: by a module that does so, or when a copy is built."""
+    if frame is not None and frame.f_globals.get("__name__") in PASSES_ON:
+        return True
+    for _ in range(3):  # a comprehension is a frame of its own
+        if frame is None or frame.f_code.co_name == "__post_init__":
+            return frame is not None
+        frame = frame.f_back
+    return False
 
 
 def _note_class(cls: Any, name: str, value: Any, noted: Callable[[], object]) -> Callable[[], None]:
