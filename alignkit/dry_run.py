@@ -136,7 +136,7 @@ def _pipeline(cfg: DictConfig, found: Found) -> None:
             stage = f"stage {compose('config', hydra_words(words)).stage}, composed and accepted"
         own = [w for w in words if not w.startswith(("run.", "seed="))]
         found.say(f"step {name}", f"{stage}: alignkit train {' '.join(own)}")
-    found.say("each step", "alone: give its words to alignkit train … --dry-run (its inputs may come from the steps before it).")
+    found.lines.append("Each step can be looked at by itself: its words and --dry-run, once the runs that it reads are there.")
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------
@@ -217,7 +217,10 @@ def _reward(node: DictConfig, name: str, found: Found) -> list[Held]:
         return []
     held = []
     for path, dtype in models:
-        shape = _shape(path, found, f"{name}: the reward model {path}", _reward_folder)
+        try:
+            shape = _shape(path, found, f"{name}: the reward model {path}", _reward_folder)
+        except UserError as e:
+            raise UserError(f"{name}: {str(e).replace('model.path', 'reward.model')}") from None
         if shape is not None:
             held.append(Held(f"reward model {path}", shape, 0, BYTES.get(dtype, 4)))
     return held
@@ -425,10 +428,10 @@ def _say_steps(
         drawn = algo.prompts_per_step * most
         found.say("steps", f"{steps:,} of {algo.prompts_per_step} prompts with up to {most} samples ({why}); "
                            f"{steps * algo.epochs * algo.minibatches:,} optimizer updates.")  # fmt: skip
-        found.say("sample", f"at most {drawn * algo.max_new_tokens:,} tokens a step, {steps * drawn * algo.max_new_tokens:,} in all"
+        found.say("sampled", f"at most {drawn * algo.max_new_tokens:,} tokens a step, {steps * drawn * algo.max_new_tokens:,} in all"
                             + (f"; ends at algo.token_budget={algo.token_budget:,}." if algo.token_budget else "."))  # fmt: skip
         tokens = drawn * algo.max_new_tokens * algo.epochs
-        found.say("update", f"at most {tokens:,} response tokens a step, {steps * tokens:,} in all.")
+        found.say("trained", f"at most {tokens:,} response tokens a step, {steps * tokens:,} in all.")
     elif cfg.stage == "refine":
         found.say("parts", f"{steps:,} of {algo.rows_per_part} rows; at most {algo.max_new_tokens} tokens a draft or sample.")
     else:
@@ -437,13 +440,21 @@ def _say_steps(
         episodes = f" ({algo.episodes_} student trainings)" if cfg.stage == "select" else ""
         found.say("steps", f"{steps:,} optimizer updates of {algo.batch_size} rows{episodes}, {steps * algo.batch_size / max(1, len(prepared)):.2f} "
                            f"passes over the rows.")  # fmt: skip
-        found.say("update", f"about {each:,.0f} response tokens a step, {steps * each:,.0f} in all.")
+        if each:
+            found.say("trained", f"about {each:,.0f} response tokens a step, {steps * each:,.0f} in all.")
     every = cfg.evaluate.every
     held = {s: min(len(r), cfg.evaluate.rows or len(r)) for s, r in rows.items() if s != "train" and r}
     if cfg.stage not in ("refine", "select") and held:
         times = (1 + math.ceil(steps / every)) if every and held.get("dev") else 0
         found.say("evaluate", f"dev {held.get('dev', 0)} rows up to {times} times, test {held.get('test', 0)} rows "
-                              f"{'before and after' if cfg.evaluate.test else 'never'}.")  # fmt: skip
+                              f"{_tested(cfg)}.")  # fmt: skip
+
+
+def _tested(cfg: DictConfig) -> str:
+    """When the test rows are measured; a model from scratch is not measured before it is trained, but by rl."""
+    if not cfg.evaluate.test:
+        return "never"
+    return "before and after" if cfg.model.path or cfg.stage == "rl" else "after"
 
 
 def _say_memory(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Lengths, found: Found) -> None:
@@ -497,7 +508,7 @@ def _say_memory(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengt
         ]  # fmt: skip
     for name, parts in phases.items():
         text = ", ".join(f"{what} {_size(amount)}" for what, amount in parts)
-        found.say(f"memory, {name}" if len(name) < 3 else name + " needs", f"about {_size(sum(a for _, a in parts))}: {text}.")
+        found.say(f"{name} needs", f"about {_size(sum(a for _, a in parts))}: {text}.")
     if phases:
         found.lines.append(
             "            An estimate: parameters times bytes of a weight, AdamW's moments twice the trained ones; activations 34 bytes a\n"
