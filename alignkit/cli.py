@@ -120,7 +120,9 @@ def _claim(words: list[str]) -> int:
 def _explain(words: list[str]) -> str:
     """``KEY [+algo=NAME] [key=value …]``, in any order."""
     extra = _use_config_dirs(words)
-    rest = [w for i, w in enumerate(words) if not w.startswith(CONFIG_DIR) and (not i or words[i - 1] not in CONFIG_DIR)]
+    rest = [
+        w for i, w in enumerate(words) if not w.startswith(CONFIG_DIR) and (not i or words[i - 1] not in CONFIG_DIR)
+    ]
     keys = [w for w in rest if "=" not in w and not w.startswith(("-", "~"))]
     flags = [w for w in rest if w.startswith("-")]
     if len(keys) != 1 or flags:

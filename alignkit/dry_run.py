@@ -136,7 +136,9 @@ def _pipeline(cfg: DictConfig, found: Found) -> None:
             stage = f"stage {compose('config', hydra_words(words)).stage}, composed and accepted"
         own = [w for w in words if not w.startswith(("run.", "seed="))]
         found.say(f"step {name}", f"{stage}: alignkit train {' '.join(own)}")
-    found.lines.append("Each step can be looked at by itself: its words and --dry-run, once the runs that it reads are there.")
+    found.lines.append(
+        "Each step can be looked at by itself: its words and --dry-run, once the runs that it reads are there."
+    )
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------
@@ -274,7 +276,9 @@ def _models(cfg: DictConfig, data: Data, algo: Any, train: list[Row], found: Fou
     except UserError as e:
         if not _of_hub(cfg) or "cannot be loaded" not in str(e):
             raise
-        found.unchecked.append(f"{what}, and with it parameters, memory, disk and lengths: {' '.join(str(e).split())[:200]}")
+        found.unchecked.append(
+            f"{what}, and with it parameters, memory, disk and lengths: {' '.join(str(e).split())[:200]}"
+        )
         return None, []
     more = []
     width = BYTES[cfg.model.dtype]
@@ -370,7 +374,9 @@ def _say_models(reader: Any, cfg: DictConfig, more: list[Held], found: Found) ->
     kind = f"{reader.model.config.model_type}, {reader.kind}"
     found.say("model", f"{what} ({kind}): {all_of_it:,} parameters, {how}, {cfg.model.dtype}.")
     for one in more:
-        how = "frozen" if not one.trained else "trained" if one.trained == one.parameters else f"{one.trained:,} trained"
+        how = (
+            "frozen" if not one.trained else "trained" if one.trained == one.parameters else f"{one.trained:,} trained"
+        )
         found.say("beside it", f"{one.what}: {one.parameters:,} parameters, {how}.")
 
 
@@ -433,7 +439,9 @@ def _say_steps(
         tokens = drawn * algo.max_new_tokens * algo.epochs
         found.say("trained", f"at most {tokens:,} response tokens a step, {steps * tokens:,} in all.")
     elif cfg.stage == "refine":
-        found.say("parts", f"{steps:,} of {algo.rows_per_part} rows; at most {algo.max_new_tokens} tokens a draft or sample.")
+        found.say(
+            "parts", f"{steps:,} of {algo.rows_per_part} rows; at most {algo.max_new_tokens} tokens a draft or sample."
+        )
     else:
         sides = 2 if prepared and "chosen" in prepared[0] and cfg.stage in ("pref", "rm") else 1
         each = algo.batch_size * sides * lengths.response
@@ -472,7 +480,11 @@ def _say_memory(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengt
     vocabulary = int(getattr(reader.model.config, "vocab_size", 0) or 0)
     layers, size = reader.depth * (2 if reader.kind == "seq2seq" else 1), reader.width
     phases: dict[str, list[tuple[str, float]]] = {}
-    held = [("weights", weights), *([("moments", moments)] if moments else []), *([("bfloat16 copy", cast)] if cast else [])]
+    held = [
+        ("weights", weights),
+        *([("moments", moments)] if moments else []),
+        *([("bfloat16 copy", cast)] if cast else []),
+    ]
     if asked:
         phases["start model"] = [*held, ("its weights", sum(one.weights for one in asked))]
     new = cfg.evaluate.max_new_tokens if cfg.stage != "rl" and cfg.stage != "refine" else algo.max_new_tokens
@@ -500,7 +512,9 @@ def _say_memory(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengt
             activations = tokens * size * (layers * computing + deep)
         else:
             activations = tokens * layers * size * deep
-        writes = cfg.stage in ("sft", "pref", "rl") or (cfg.stage in ("distill", "select") and not hasattr(reader, "labels"))
+        writes = cfg.stage in ("sft", "pref", "rl") or (
+            cfg.stage in ("distill", "select") and not hasattr(reader, "labels")
+        )
         logits = 2 * tokens * vocabulary * computing if writes else 0
         phases["update"] = [
             *held, ("gradients", gradients), (f"activations of {tokens:,} tokens", activations),
@@ -539,7 +553,9 @@ def _say_disk(cfg: DictConfig, reader: Any, more: list[Held], found: Found) -> N
         f"final/; {_size(free)} are free.",
     )
     if need > free:
-        found.lines.append("            warning: they do not fit. Free some space, keep fewer, or choose another run.root.")
+        found.lines.append(
+            "            warning: they do not fit. Free some space, keep fewer, or choose another run.root."
+        )
 
 
 def _size(amount: float) -> str:
@@ -551,7 +567,15 @@ def _size(amount: float) -> str:
 
 # ---- time ------------------------------------------------------------------------------------------------------
 
-OF_NO_WEIGHT = ("algo.steps", "algo.epochs", "algo.lr", "algo.warmup", "algo.schedule", "algo.floor", "algo.weight_decay")
+OF_NO_WEIGHT = (
+    "algo.steps",
+    "algo.epochs",
+    "algo.lr",
+    "algo.warmup",
+    "algo.schedule",
+    "algo.floor",
+    "algo.weight_decay",
+)
 
 
 def _say_time(cfg: DictConfig, algo: Any, rows: int, found: Found) -> None:

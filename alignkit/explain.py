@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from alignkit.config import schema_keys
 from alignkit.errors import UserError, suggest
-from alignkit.origins import PRIVATE, SECTIONS, Layer, defaults, flat, layers, owner, shown
-from alignkit.signature import Setting, file_of, lineage, settings_of
+from alignkit.origins import PRIVATE, SECTIONS, Layer, defaults, layers, owner, shown
+from alignkit.signature import Setting, lineage, settings_of
 
 MOST = 12  # places of readers that are printed
 PACKAGE = Path(__file__).parent
-SHOW_ALONE = ("catalog.py", "explain.py", "origins.py", "unread.py", "dry_run.py")  # they speak of settings, and use none
+SHOW_ALONE = (
+    "catalog.py",
+    "explain.py",
+    "origins.py",
+    "unread.py",
+    "dry_run.py",
+)  # they speak of settings, and use none
 
 
 def explain(key: str, cfg: DictConfig, words: list[str]) -> str:
@@ -71,7 +77,7 @@ def _keys(cfg: DictConfig, node: str) -> list[str]:
 def _is_missing(cfg: DictConfig, key: str) -> bool:
     above, _, last = key.rpartition(".")
     node: Any = OmegaConf.select(cfg, above) if above else cfg
-    return isinstance(node, DictConfig) and last in node and OmegaConf.is_missing(node, last)
+    return isinstance(node, DictConfig) and last in node.keys() and OmegaConf.is_missing(node, last)  # noqa: SIM118
 
 
 # ---- values ----------------------------------------------------------------------------------------------------
@@ -103,13 +109,15 @@ def sources(cfg: DictConfig, key: str, found: list[Layer]) -> list[Source]:
     node, target, name = owner(cfg, key)
     own = f"{node}.{name}" if node else name
     if own == key and target:
-        chain = [Source(_written(d.value), d.where) for d in reversed(defaults(target, name)) if d.value is not None] + chain
+        chain = [
+            Source(_written(d.value), d.where) for d in reversed(defaults(target, name)) if d.value is not None
+        ] + chain
     return chain[::-1]
 
 
 def _value(cfg: DictConfig, key: str, found: list[Layer]) -> list[str]:
     chain = sources(cfg, key, found)
-    node, target, name = owner(cfg, key)
+    _, target, name = owner(cfg, key)
     setting = (settings_of(target) or {}).get(name) if target else None
     value = _said(cfg, key, chain)
     lines = [f"{key} = {value}" + (f"   ({setting.type})" if setting and setting.type else "")]
@@ -140,7 +148,9 @@ def _said(cfg: DictConfig, key: str, chain: list[Source]) -> str:
 def _section(cfg: DictConfig, key: str, found: list[Layer]) -> list[str]:
     value: Any = OmegaConf.select(cfg, key)
     target = value.get("_target_") or (f"alignkit.config.{SECTIONS[key]}" if key in SECTIONS else "")
-    chosen = [(option, layer.place(line)) for layer in found if key in layer.chosen for option, line in [layer.chosen[key]]]
+    chosen = [
+        (option, layer.place(line)) for layer in found if key in layer.chosen for option, line in [layer.chosen[key]]
+    ]
     lines = [f"{key}: {target}" if target else f"{key}:"]
     for i, (option, where) in enumerate(reversed(chosen)):
         what = "chosen by" if not i else "overrides" if i == 1 else "         "
@@ -197,7 +207,9 @@ class Reader:
 def _readers(cfg: DictConfig, node: str, target: str, name: str) -> list[str]:
     found = readers(cfg, node, target, name)
     if not found:
-        who = "transformers, as the model's configuration" if f"{node}.{name}" == "model.config" else "nothing was found"
+        who = (
+            "transformers, as the model's configuration" if f"{node}.{name}" == "model.config" else "nothing was found"
+        )
         return ["", f"  read by    {who}" + ("" if "trans" in who else "; a library or a check may read it")]
     lines = [""]
     for i, one in enumerate(found[:MOST]):
@@ -315,7 +327,12 @@ class _Search:
             return node.attr == self.name and isinstance(node.ctx, ast.Load) and self._is(node.value, names, within)
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
             return node.slice.value == self.name and self._is(node.value, names, within)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get" and node.args:
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "get"
+            and node.args
+        ):
             first = node.args[0]
             same = isinstance(first, ast.Constant) and first.value == self.name
             return same and self._is(node.func.value, names, within)
@@ -368,7 +385,9 @@ class _Search:
         found = {
             item.target.id
             for item in node.body
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and self._annotated(item.annotation)
+            if isinstance(item, ast.AnnAssign)
+            and isinstance(item.target, ast.Name)
+            and self._annotated(item.annotation)
         }
         for function in node.body:
             if not isinstance(function, ast.FunctionDef) or function.name != "__init__":
@@ -394,5 +413,3 @@ def _assigned(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
             yield from zip(target.elts, node.value.elts, strict=False)
         else:
             yield target, node.value
-
-

@@ -170,7 +170,10 @@ def _tell_unread(cfg: DictConfig, run: Any, result: dict[str, Any], unread: list
     result["unread"] = unread
     run.write_json("result.json", result)
     if unread:
-        print(f"warning: these settings were given, but nothing in this run read them: {', '.join(unread)}.", file=sys.stderr)
+        print(
+            f"warning: these settings were given, but nothing in this run read them: {', '.join(unread)}.",
+            file=sys.stderr,
+        )
 
 
 def _read(cfg: DictConfig, data: Data) -> dict[str, Any]:

@@ -47,7 +47,15 @@ def test_a_supervised_run(cli: Cli, tmp_path: Path) -> None:
 
 def test_an_rl_run_with_a_critic_and_a_reference(cli: Cli, tmp_path: Path) -> None:
     """4 prompts of 2 samples of up to 8 tokens: 64 a step; 6 steps of 4 epochs of 2 minibatches: 48 updates."""
-    words = ["+algo=ppo", *SMALL_RL, "algo.minibatches=2", "algo.epochs=4", "algo.kl=0.1", "data=rnnlg", "reward=length"]
+    words = [
+        "+algo=ppo",
+        *SMALL_RL,
+        "algo.minibatches=2",
+        "algo.epochs=4",
+        "algo.kl=0.1",
+        "data=rnnlg",
+        "reward=length",
+    ]
     code, out, err = cli("train", *words, "--dry-run")
     assert code == 0, err
     assert line(out, "steps") == "6 of 4 prompts with up to 2 samples (algo.k); 48 optimizer updates."
@@ -72,7 +80,11 @@ def test_the_update_needs_weights_gradients_and_moments(cli: Cli) -> None:
     n = sum(p.numel() for p in load(Model(path="bundled:nlg", device="cpu"), 0).model.parameters())
     assert f"{n:,} parameters, all trained" in line(out, "model")
     update = line(out, "update needs")
-    assert f"weights {_size(4 * n)}" in update and f"moments {_size(8 * n)}" in update and f"gradients {_size(4 * n)}" in update
+    assert (
+        f"weights {_size(4 * n)}" in update
+        and f"moments {_size(8 * n)}" in update
+        and f"gradients {_size(4 * n)}" in update
+    )
     assert f"4 checkpoints of {_size(12 * n)}" in line(out, "disk")
 
 
@@ -87,7 +99,15 @@ def test_with_adapters_little_is_trained(cli: Cli) -> None:
 def test_the_first_row_is_shown_as_the_model_reads_it(cli: Cli, tmp_path: Path) -> None:
     rows = [{"prompt": "one two", "response": "three"}] * 4
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    code, out, err = cli("train", *FIT, "data=custom", "data.train=rows.jsonl", "data.test=rows.jsonl", "data.response='{response}'", "--dry-run")
+    code, out, err = cli(
+        "train",
+        *FIT,
+        "data=custom",
+        "data.train=rows.jsonl",
+        "data.test=rows.jsonl",
+        "data.response='{response}'",
+        "--dry-run",
+    )
     assert code == 0, err
     assert "row 0" in out and "one two" in out
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -139,7 +159,7 @@ def test_time_is_that_of_a_run_of_the_same_method_and_model_and_else_not_known(c
 def test_what_a_run_refuses_is_refused_in_the_same_words(words: list[str], cli: Cli, tmp_path: Path) -> None:
     dry = cli("train", *words, "run.wandb=disabled", "--dry-run")
     clean(tmp_path)
-    real = cli("train", *words, "run.wandb=disabled")
+    real = cli("train", *words, "run.wandb=disabled", f"run.root={tmp_path.parent / 'elsewhere'}")
     assert real[0] == dry[0] == 2
     assert dry[2].split("error: ")[-1] == real[2].split("error: ")[-1]
 

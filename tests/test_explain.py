@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import re
 import resource
@@ -16,7 +15,7 @@ import pytest
 import yaml
 from hydra import initialize_config_dir
 from hydra.utils import get_class
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from running import SMALL_CAUSAL, SMALL_SFT, command, composed, train
 
 from alignkit.catalog import options
@@ -143,7 +142,10 @@ def test_a_method_that_is_not_named_is_missed(cli: Cli) -> None:
         (["algo.lrr", "+algo=esrl"], "error: algo.lrr: no such key. Did you mean 'lr'?\n"),
         (["evaluate.beam"], "error: evaluate.beam: no such key. Did you mean 'beams'?\n"),
         (["rewrad"], "error: rewrad: no such key. Did you mean 'reward'?\n"),
-        (["reward.weights.blue", "+preset=esrl_translation"], "error: reward.weights.blue: no such key. Did you mean 'bleu'?\n"),
+        (
+            ["reward.weights.blue", "+preset=esrl_translation"],
+            "error: reward.weights.blue: no such key. Did you mean 'bleu'?\n",
+        ),
         (["seed.x"], "error: explain: seed is a value, so seed.x is no key.\n"),
         (["algo.lr", "+algo=esrrl"], "error: +algo=esrrl: there is no such algo. Did you mean 'esrl'?\n"),
         ([], "error: explain: name one key, as in `alignkit explain algo.lr +algo=esrl`.\n"),
@@ -198,24 +200,37 @@ def test_readers_of_a_method_a_stage_and_the_run() -> None:
     assert ("data.py", "Data.rows") in found("data.train", "+algo=sft")  # through getattr(self, split)
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(options("algo")) if "_target_" in (yaml.safe_load(options("algo")[n].read_text()).get("algo") or {})])
-def test_every_setting_of_a_method_has_a_reader_and_each_place_holds_it(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in sorted(options("algo"))
+        if "_target_" in (yaml.safe_load(options("algo")[n].read_text()).get("algo") or {})
+    ],
+)
+def test_every_setting_of_its_own_that_a_method_declares_has_a_reader_and_each_place_holds_it(name: str) -> None:
     cfg = composed([f"+algo={name}"])
     target = cfg.algo._target_
-    own = {item.target.id for _, node in lineage(target)[:1] for item in node.body if hasattr(item, "target") and hasattr(item.target, "id")}
-    for field in dataclasses.fields(get_class(target)):
-        places = readers(cfg, "algo", target, field.name)
-        if field.name in own:
-            assert places, field.name
+    own = {
+        item.target.id
+        for _, node in lineage(target)[:1]
+        for item in node.body
+        if hasattr(item, "target") and hasattr(item.target, "id")
+    }
+    for setting in sorted(own & {field.name for field in dataclasses.fields(get_class(target))}):
+        places = readers(cfg, "algo", target, setting)
+        assert places, setting
         for one in places:
             text = one.file.read_text().split("\n")[one.line - 1]
-            assert field.name in text or "getattr" in text
+            assert setting in text or "getattr" in text
 
 
 # ---- at once ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", ["explain algo.steps +algo=ppo", "explain model.path +algo=ppo", "explain algo +algo=esrl", "diff"])
+@pytest.mark.parametrize(
+    "words", ["explain algo.steps +algo=ppo", "explain model.path +algo=ppo", "explain algo +algo=esrl", "diff"]
+)
 def test_it_answers_at_once_and_without_torch(words: str, tmp_path: Path) -> None:
     """Half a second of CPU on an idle machine, a second allowed."""
     runs = [_written_run(tmp_path / name, seed) for name, seed in (("a", 0), ("b", 1))] if words == "diff" else []
@@ -226,7 +241,9 @@ def test_it_answers_at_once_and_without_torch(words: str, tmp_path: Path) -> Non
     print(f"alignkit {words}: {seconds:.2f} s of CPU")
     imports = {x.rpartition("|")[2].strip() for x in done.stderr.split("\n") if x.startswith("import time:")}
     assert done.returncode == 0 and "Traceback" not in done.stderr
-    assert "alignkit.cli" in imports and not imports & {"torch", "transformers", "numpy"} - ({"numpy"} if runs else set())
+    assert "alignkit.cli" in imports and not imports & {"torch", "transformers", "numpy"} - (
+        {"numpy"} if runs else set()
+    )
     assert seconds < 1
     assert sorted(p.name for p in tmp_path.iterdir()) == (["a", "b"] if runs else [])
 
@@ -237,10 +254,20 @@ def test_it_answers_at_once_and_without_torch(words: str, tmp_path: Path) -> Non
 def _written_run(folder: Path, seed: int = 0, **more: Any) -> Path:
     """A run's record, written by hand."""
     folder.mkdir(parents=True)
-    config = {"name": "sft", "stage": "sft", "seed": seed, "algo": {"lr": 0.001}, "run": {"root": str(folder), "threads": 1}}
+    config = {
+        "name": "sft",
+        "stage": "sft",
+        "seed": seed,
+        "algo": {"lr": 0.001},
+        "run": {"root": str(folder), "threads": 1},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config | more.get("config", {})))
-    (folder / "data.json").write_text(json.dumps({"rows": {"train": 4}, "sha256": {"data.train": more.get("train", "aa")}}))
-    (folder / "environment.json").write_text(json.dumps({"packages": {"torch": more.get("torch", "2.11")}, "git_commit": "c0"}))
+    (folder / "data.json").write_text(
+        json.dumps({"rows": {"train": 4}, "sha256": {"data.train": more.get("train", "aa")}})
+    )
+    (folder / "environment.json").write_text(
+        json.dumps({"packages": {"torch": more.get("torch", "2.11")}, "git_commit": "c0"})
+    )
     (folder / "command.txt").write_text(f"alignkit train +algo=sft seed={seed}\n")
     return folder
 
@@ -271,7 +298,9 @@ def test_what_differs_is_named_and_nothing_else(cli: Cli, tmp_path: Path) -> Non
 
 
 def test_two_real_runs(cli: Cli, tmp_path: Path) -> None:
-    a, b = (train(tmp_path / "runs", *SMALL_SFT, *SMALL_CAUSAL, "algo.steps=2", *more)[1] for more in ([], ["algo.lr=1e-3"]))
+    a, b = (
+        train(tmp_path / "runs", *SMALL_SFT, *SMALL_CAUSAL, "algo.steps=2", *more)[1] for more in ([], ["algo.lr=1e-3"])
+    )
     out = cli("diff", str(a), str(b))[1]
     assert "algo.lr" in out and "Data that differ" not in out and "Environment that differ" not in out
     shutil.copytree(a, tmp_path / "copy")
@@ -282,7 +311,9 @@ def test_bad_paths(cli: Cli, tmp_path: Path) -> None:
     a = _written_run(tmp_path / "runs" / "sft-s0")
     _written_run(tmp_path / "runs" / "sft-s1", seed=1)
     code, out, err = cli("diff", str(a), "runs/sft-s2")
-    assert (code, out) == (2, "") and err.startswith("error: runs/sft-s2: no such run or folder. Did you mean 'runs/sft-s")
+    assert (code, out) == (2, "") and err.startswith(
+        "error: runs/sft-s2: no such run or folder. Did you mean 'runs/sft-s"
+    )
     code, _, err = cli("diff", str(a), "runs")
     assert code == 2 and "diff: runs holds 2 runs. Name one: runs/sft-s0, runs/sft-s1." in err
     assert cli("diff", str(a))[0] == 2

@@ -14,7 +14,7 @@ import pytest
 from critical import PROMPTS, critical_policy
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from running import SMALL_CAUSAL, SMALL_RL, SMALL_SEQ2SEQ, command, composed, train
+from running import SMALL_CAUSAL, SMALL_SEQ2SEQ, composed, train
 
 from alignkit.algos.grpo import GRPO
 from alignkit.catalog import options
@@ -128,7 +128,11 @@ def shipped(words: list[str]) -> dict[str, Any]:
         value = plain
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if key.partition(".")[0] in ("algo", "reward", "data", "model") and not isinstance(value, dict) and "_target_" not in key:
+        if (
+            key.partition(".")[0] in ("algo", "reward", "data", "model")
+            and not isinstance(value, dict)
+            and "_target_" not in key
+        ):
             found[key] = value
     if cfg.algo.get("steps"):
         found.pop("algo.epochs", None)  # `steps` takes its place
@@ -194,7 +198,9 @@ def test_what_a_distillation_method_does_not_learn_from(
 
 def test_a_file_of_ones_own_counts_as_given_and_is_named(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "mine" / "preset").mkdir(parents=True)
-    preset = "# @package _global_\ndefaults: [/algo: sft, override /data: rnnlg, _self_]\nevaluate: {beams: 3, every: 0}\n"
+    preset = (
+        "# @package _global_\ndefaults: [/algo: sft, override /data: rnnlg, _self_]\nevaluate: {beams: 3, every: 0}\n"
+    )
     (tmp_path / "mine" / "preset" / "own.yaml").write_text(preset)
     words = [w for w in SFT if not w.startswith(("+algo", "data="))]
     code, _, err = cli("train", "--config-dir", "mine", "+preset=own", *words)
@@ -222,7 +228,9 @@ def test_a_run_that_goes_on_says_nothing_of_what_was_read_before(cli: Cli, tmp_p
     assert "unread" not in json.loads((run / "result.json").read_text())
 
 
-def test_outside_of_hydras_jobs_nothing_is_known_to_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_outside_of_hydras_jobs_nothing_is_known_to_be_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result, _ = train(tmp_path, *SFT, "algo.epochs=3")
     assert result["unread"] == []
     assert SAYS not in capsys.readouterr().err
@@ -266,9 +274,15 @@ def test_a_copy_and_a_check_are_no_readers_and_a_class_is_left_as_it_was() -> No
 def test_a_class_is_left_as_it_was_when_the_run_fails() -> None:
     before = dict(vars(Model))
     cfg = composed(["+algo=sft"])
-    with pytest.raises(KeyError), watched(cfg, "model.dtype", "evaluate.every", "evaluate.final") as watch:
-        watch.over("model", "evaluate")
-        raise KeyError
+
+    def failing() -> None:
+        with watched(cfg, "model.dtype", "evaluate.every", "evaluate.final") as watch:
+            watch.over("model", "evaluate")
+            assert type(cfg.evaluate) is not DictConfig
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
     assert dict(vars(Model)) == before
     assert type(cfg.model) is type(cfg.evaluate) is DictConfig
 

@@ -132,7 +132,9 @@ def _one(word: str) -> Record:
     found, _ = collect([word])
     alone = [run for run in found if run.pipeline is None]
     if len(alone) > 1:
-        raise UserError(f"diff: {word} holds {len(alone)} runs. Name one: {', '.join(str(run.folder) for run in alone[:4])}.")
+        raise UserError(
+            f"diff: {word} holds {len(alone)} runs. Name one: {', '.join(str(run.folder) for run in alone[:4])}."
+        )
     return (alone or found)[0]
 
 
