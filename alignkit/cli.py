@@ -193,7 +193,8 @@ def train(words: list[str]) -> None:
         nonlocal started
         started = True
         if dry:
-            return _dry(cfg)
+            _dry(cfg)
+            return None
         return _alone(cfg) if HydraConfig.get().mode == RunMode.RUN else _job(cfg)
 
     with sweep.reported() if not dry else nullcontext():

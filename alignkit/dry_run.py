@@ -300,7 +300,8 @@ def _models(cfg: DictConfig, data: Data, algo: Any, train: list[Row], found: Fou
     if teacher is not None:
         more.append(Held("teacher", _count(teacher.model.parameters()), 0, 4))
     if reader.beside is not None:
-        more.append(Held("maps to the teacher's width", *[_count(reader.beside.parameters())] * 2, width))
+        maps = _count(reader.beside.parameters())
+        more.append(Held("maps to the teacher's width", maps, maps, width))
     base = getattr(reader, "base", None)
     if base is not None and hasattr(base, "model"):
         more.append(Held("frozen base", _count(base.model.parameters()), 0, width))

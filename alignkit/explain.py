@@ -137,9 +137,11 @@ def _said(cfg: DictConfig, key: str, chain: list[Source]) -> str:
     parent: Any = OmegaConf.select(cfg, above) if above else cfg
     if not isinstance(parent, DictConfig) or last not in parent:
         return chain[0].value if chain else "??? (must be given)"
-    raw = OmegaConf.to_container(parent)[last]  # type: ignore[call-overload]
+    plain: Any = OmegaConf.to_container(parent)
+    raw = plain[last]
     try:
-        value = OmegaConf.to_container(OmegaConf.create({"x": parent[last]}), resolve=True)["x"]  # type: ignore[index,call-overload]
+        value = parent[last]
+        value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except Exception as e:  # an interpolation that this configuration leaves open
         return f"{_plain(raw)} (not resolved: {str(e).splitlines()[0]})"
     return _plain(value) + (f"   from {raw}" if isinstance(raw, str) and "${" in raw else "")

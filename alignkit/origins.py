@@ -51,12 +51,13 @@ def layers(words: list[str]) -> list[Layer]:
 
     loader: Any = GlobalHydra.instance().config_loader()
     composed = loader.compute_defaults_list("config", words, RunMode.RUN)
+    repository = loader._parse_overrides_and_create_caching_repo("config", words)[1]  # knows hydra.searchpath too
     shipped = conf_dir().resolve()
     found = []
     for part in composed.defaults:
         if part.config_path is None or part.config_path.startswith("hydra/") or part.config_path == "schema":
             continue
-        source = loader.repository.load_config(part.config_path)
+        source = repository.load_config(part.config_path)
         folder = Path(source.path.removeprefix("file://"))
         file = folder / f"{part.config_path}.yaml"
         own = folder.resolve() != shipped or part.config_path.startswith("preset/")
@@ -66,7 +67,7 @@ def layers(words: list[str]) -> list[Layer]:
         layer = Layer(override.input_line or "", True)
         if override.is_delete():
             layer.removes = key
-        elif loader.repository.group_exists(key):
+        elif repository.group_exists(key):
             layer.chosen[override.package or key] = (override.value(), 0)
         else:
             layer.values = flat(override.value(), key)

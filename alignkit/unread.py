@@ -78,7 +78,8 @@ class Watch:
         value: Any = ANY
         if node in SECTIONS:
             held: Any = OmegaConf.select(self.cfg, node)
-            value = OmegaConf.to_container(held, resolve=True)[name]
+            plain: Any = OmegaConf.to_container(held, resolve=True)
+            value = plain[name]
             self._undo.append(_note_node(held, name, lambda: self.left.pop(setting, None)))
         self._undo.append(_note_class(cls, name, value, lambda: self.left.pop(setting, None)))
         return True
