@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from alignkit.errors import Stopped, UserError, suggest
@@ -15,15 +16,18 @@ USAGE = """alignkit: alignment experiments from one configuration
   alignkit train +algo=NAME [key=value …]      train by a method; repeat the command to resume
   alignkit train +preset=NAME [key=value …]    run a preset
   alignkit train -m +algo=a,b seed=1,2         sweep, one directory a run
+  alignkit train … --dry-run                   what it would do and need: rows, parameters, memory, disk, an example
   alignkit evaluate RUN_OR_MODEL [data=NAME]   decode and score held-out rows
   alignkit report RUN_OR_FOLDER …              runs as one HTML page, and as tables here
   alignkit compare A B                         settings, results and costs of two runs, with paired differences
+  alignkit diff RUN RUN                        settings, data, packages and commands that two runs do not share
   alignkit table --latex RUN_OR_FOLDER …       results as LaTeX, Markdown (--markdown) or CSV (--csv)
   alignkit claim NAME [--quick] [key=value …]  measure again what a paper claims: PASS, FAIL or INCONCLUSIVE
   alignkit verify-resume +algo=NAME [words …]  kill a short run, go on with it, compare it bit for bit with an unbroken one
   alignkit list                                methods by stage, presets, models, data, rewards
   alignkit show NAME                           a method's card: idea, settings, example
   alignkit show settings                       what every run takes: model.*, evaluate.*, run.*
+  alignkit explain KEY [+algo=NAME] [key=value …]  a setting's value, who set it, over what, and what reads it
   alignkit from-trl CONFIG.yaml                a configuration of TRL's command line as words of `alignkit train`
   alignkit completion bash|zsh|fish            a script that lets the shell complete all of this
   alignkit doctor                              versions, devices, caches, and what is wrong
@@ -33,7 +37,8 @@ USAGE = """alignkit: alignment experiments from one configuration
 RECORD = (".hydra", ".lock", "command.txt", "config.yaml", "environment.json", "data.json", "wandb")
 CONFIG_DIR = ("--config-dir", "-cd")
 VERBS = (
-    "train", "evaluate", "claim", "verify-resume", "report", "compare", "table", "list", "show", "from-trl", "completion", "doctor",
+    "train", "evaluate", "claim", "verify-resume", "report", "compare", "diff", "table", "list", "show", "explain", "from-trl",
+    "completion", "doctor",
 )  # fmt: skip
 
 
@@ -60,7 +65,7 @@ def _dispatch(words: list[str]) -> None:
         train(rest)
     elif verb == "evaluate":
         train(evaluate_words(rest))
-    elif verb in ("report", "compare", "table"):
+    elif verb in ("report", "compare", "diff", "table"):
         from alignkit.report import command
 
         getattr(command, verb)(rest)
@@ -80,6 +85,8 @@ def _dispatch(words: list[str]) -> None:
         if len(names) != 1:
             raise UserError("show: name one method, preset, model, data set or reward, as in `alignkit show esrl`.")
         print(card(names[0], extra))
+    elif verb == "explain":
+        print(_explain(rest))
     elif verb == "from-trl":
         from alignkit.from_trl import main as from_trl
 
@@ -145,8 +152,41 @@ def _verify(words: list[str]) -> int:
     return verify.run(rest, numbers["--steps"], numbers["--more"])
 
 
+def _explain(words: list[str]) -> str:
+    """``KEY [+algo=NAME] [key=value …]``, in any order."""
+    extra = _use_config_dirs(words)
+    rest = [
+        w for i, w in enumerate(words) if not w.startswith(CONFIG_DIR) and (not i or words[i - 1] not in CONFIG_DIR)
+    ]
+    keys = [w for w in rest if "=" not in w and not w.startswith(("-", "~"))]
+    flags = [w for w in rest if w.startswith("-")]
+    if len(keys) != 1 or flags:
+        raise UserError(
+            f"explain: {flags[0]} is no flag; there is --config-dir."
+            if flags
+            else "explain: name one key, as in `alignkit explain algo.lr +algo=esrl`."
+        )
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from alignkit.config import conf_dir, register
+    from alignkit.explain import explain
+
+    register()
+    given = [w for f in extra for w in ("--config-dir", str(f))]
+    rest = hydra_words([*given, *(w for w in rest if w != keys[0])])[len(given) :]
+    rest += [f"hydra.searchpath=[{','.join(f'file://{f.resolve()}' for f in extra)}]"] if extra else []
+    try:
+        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+            return explain(keys[0], compose("config", rest), rest)
+    except (HydraException, OmegaConfBaseException) as e:
+        raise UserError(_uncomposed(e, rest)) from None
+
+
 def train(words: list[str]) -> None:
     """Hand the words to Hydra, which composes the configuration and calls ``launch`` once a job."""
+    dry, words = "--dry-run" in words, [w for w in words if w != "--dry-run"]
     words = hydra_words(words)
     flags = {w.partition("=")[0] for w in words if w.startswith("-")}
     if not any(w.startswith(("+algo=", "+preset=")) for w in words) and not flags & {
@@ -173,6 +213,10 @@ def train(words: list[str]) -> None:
     from alignkit.config import conf_dir, register
 
     register()
+    if dry:
+        from alignkit.dry_run import dry_words
+
+        words = dry_words(words)
     if "hydra/sweeper=optuna" in words and not any(w.startswith("hydra.sweeper.direction=") for w in words):
         words.append("hydra.sweeper.direction=maximize")  # as every metric that picks a checkpoint is
     sys.argv = ["alignkit train", *words]
@@ -183,9 +227,12 @@ def train(words: list[str]) -> None:
     def job(cfg: object) -> float | None:
         nonlocal started
         started = True
+        if dry:
+            _dry(cfg)
+            return None
         return _alone(cfg) if HydraConfig.get().mode == RunMode.RUN else _job(cfg)
 
-    with sweep.reported():
+    with sweep.reported() if not dry else nullcontext():
         try:
             hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
         except (HydraException, OmegaConfBaseException) as e:
@@ -205,6 +252,19 @@ def _uncomposed(e: Exception, words: list[str]) -> str:
     hint = f" Words of a step want quotes inside: '{step}=\"algo.steps=5\"'." if step else ""
     hint += " Quote a value with braces twice: 'data.prompt=\"{column}\"'." if any("{" in w for w in words) else ""
     return " ".join(str(x).split("\n")[0] for x in (e, e.__cause__) if x) + hint
+
+
+def _dry(cfg: object) -> None:
+    """One job of a dry run; the first mistake ends it, as it would end that job."""
+    from omegaconf import DictConfig
+
+    from alignkit.dry_run import dry_run
+
+    assert isinstance(cfg, DictConfig)
+    try:
+        dry_run(cfg)
+    except UserError as e:
+        _leave(f"error: {e}", 2)
 
 
 def _alone(cfg: object) -> float | None:

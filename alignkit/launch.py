@@ -23,6 +23,7 @@ from alignkit.config import check, same_settings, same_sources
 from alignkit.data import Data, Row, hash_source, overlap, read
 from alignkit.errors import UserError
 from alignkit.signature import file_of
+from alignkit.unread import Watch, given
 
 EVALUATES = (
     "evaluate",
@@ -132,13 +133,14 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def _run(cfg: DictConfig, data: Data | None) -> dict[str, Any]:
-    record = _read(cfg, data) if data else {"sha256": fingerprint(cfg, None)}
+    with Watch(cfg, given(cfg)) as watch:
+        watch.over("data")
+        record = _read(cfg, data) if data else {"sha256": fingerprint(cfg, None)}
+        with _threads(cfg.run.threads):
+            return _run_stage(cfg, data, record, watch)
 
-    with _threads(cfg.run.threads):
-        return _run_stage(cfg, data, record)
 
-
-def _run_stage(cfg: DictConfig, data: Data | None, record: dict[str, Any]) -> dict[str, Any]:
+def _run_stage(cfg: DictConfig, data: Data | None, record: dict[str, Any], watch: Watch) -> dict[str, Any]:
     from alignkit.run import Run
 
     algo = _build(cfg.algo, "algo") if cfg.algo else None
@@ -148,14 +150,30 @@ def _run_stage(cfg: DictConfig, data: Data | None, record: dict[str, Any]) -> di
     run = Run(cfg, record["sha256"], sys.argv, second)
     if data:
         run.write_json("data.json", record)
+    watch.over("algo", "reward", "audit", "model", "evaluate")
     try:
         result: dict[str, Any] = stage.run(cfg, run, data, algo, reward)
+        if not run.state:  # what was read before a resume is not known
+            _tell_unread(cfg, run, result, watch.unread())
     finally:
         run.close()
     from alignkit.stages import evaluate
 
     print(getattr(stage, "report", evaluate.report)(result))
     return result
+
+
+def _tell_unread(cfg: DictConfig, run: Any, result: dict[str, Any], unread: list[str]) -> None:
+    """Say which given settings nothing has read, and note them in ``result.json``."""
+    if cfg.stage in EVALUATES:  # `alignkit evaluate RUN` brings the data words of a training run
+        unread = [one for one in unread if not one.startswith("data.")]
+    result["unread"] = unread
+    run.write_json("result.json", result)
+    if unread:
+        print(
+            f"warning: these settings were given, but nothing in this run read them: {', '.join(unread)}.",
+            file=sys.stderr,
+        )
 
 
 def _read(cfg: DictConfig, data: Data) -> dict[str, Any]:

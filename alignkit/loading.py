@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,7 @@ def read(
     Raises:
         UserError: no such model, a folder without weights, a model of another kind, a device that is not there.
     """
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(
-            f"model.device={device}: torch {torch.__version__} cannot use it ({str(e).splitlines()[0]})."
-        ) from None
+    device = device_of(cfg.device)
     if device.startswith("cuda"):
         # cuDNN's attention in bfloat16 prepares a plan for each new shape: 12 steps of the demo on an H100 took 51 s, not 10
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -92,6 +85,23 @@ def read(
     if cfg.lora.r:
         model = _with_lora(model, cfg.lora, checkpoint, seed, task(model.config))
     return model.to(device).eval(), tokenizer, torch.bfloat16 if cfg.compute == "bfloat16" else dtype
+
+
+def device_of(device: str) -> str:
+    """The device that a setting names; ``auto`` is the best there is, ``meta`` has shapes alone (a dry run).
+
+    Raises:
+        UserError: it is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(
+            f"model.device={device}: torch {torch.__version__} cannot use it ({str(e).splitlines()[0]})."
+        ) from None
+    return device
 
 
 def resolve(path: str) -> str:
@@ -152,6 +162,9 @@ def _pretrained(path: str, cfg: Model, dtype: torch.dtype, auto: Auto, fresh: tu
         kind = kind_of(config)
         if cfg.kind not in ("auto", kind):
             raise UserError(f"model.path={path} is a {kind} model, but model.kind={cfg.kind} was asked for.")
+        if cfg.device == "meta":  # a dry run: the weights are not read
+            with torch.device("meta"):
+                return auto(config).from_config(config, dtype=dtype), read_tokenizer(cfg.tokenizer or path)
         loaded: Any = auto(config).from_pretrained(
             path,
             config=config,
@@ -282,7 +295,8 @@ def _from_scratch(cfg: Model, texts: list[str], seed: int, auto: Auto) -> tuple[
         if cfg.kind not in ("auto", kind_of(config)):
             raise UserError(f"model.config is a {kind_of(config)} model, but model.kind={cfg.kind} was asked for.")
         torch.manual_seed(seed)
-        return auto(config).from_config(config), tokenizer
+        with torch.device("meta") if cfg.device == "meta" else nullcontext():
+            return auto(config).from_config(config), tokenizer
     except (ValueError, TypeError, StrictDataclassError) as e:
         raise UserError(f"model.config: {' '.join(str(e).split())[:300]}") from None
 

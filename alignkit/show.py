@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from alignkit.config import task_of
-from alignkit.data import Data
+from alignkit.data import Data, Row
 
 
 def show_rows(cfg: DictConfig, data: Data) -> None:
     """Print rows as the model will see them: prompt tokens dim, response tokens in brackets, then their ids; both of a pair."""
-    from rich.console import Console
-    from rich.text import Text
-
     from alignkit import classifier, policy, reward_model
 
     rows = data.rows("train")
@@ -26,10 +24,21 @@ def show_rows(cfg: DictConfig, data: Data) -> None:
         reader = reward_model.build(cfg_model, reading, cfg.seed, data.texts())
     else:
         reader = policy.load(cfg_model, cfg.seed, data.texts())
+    render(console(), cfg.stage, reader, rows[: data.show], data)
+
+
+def console() -> Console:
+    """Where rows are printed: a line is never cut."""
+    return Console(soft_wrap=True)
+
+
+def render(out: Console, stage: str, reader: Any, rows: list[Row], data: Data) -> None:
+    """Print rows as ``reader`` reads them."""
+    from rich.text import Text
+
     labels = getattr(reader, "labels", None)  # of a classifier
-    sides = data.sides if cfg.stage in ("rm", "pref") else ("response",)
-    console = Console()
-    for row, ids in zip(rows[: data.show], reader.prompt_ids(rows[: data.show]), strict=True):
+    sides = data.sides if stage in ("rm", "pref") else ("response",)
+    for row, ids in zip(rows, reader.prompt_ids(rows), strict=True):
         for side in sides:
             line = Text(f"row {row['id']}{'' if side == 'response' else f' {side}'}  ", style="bold")
             line.append(reader.tokenizer.decode(ids), style="dim")
@@ -37,9 +46,9 @@ def show_rows(cfg: DictConfig, data: Data) -> None:
             line.append(f"  [{row[side]}]" if labels else "", style="green")
             for token in answer:
                 line.append(f"[{reader.tokenizer.decode([token])}]", style="green")
-            console.print(line, soft_wrap=True)
+            out.print(line, soft_wrap=True)
             more = f"ratings: {row['ratings']}" if "ratings" in row else f"references: {row['references']}"
-            console.print(
+            out.print(
                 f"  {len(ids)} prompt tokens; {len(answer)} of the response: {answer}; {more}"
                 if not labels
                 else f"  {len(ids)} tokens; label {labels.index(row[side]) + 1} of {len(labels)}",

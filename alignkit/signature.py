@@ -74,6 +74,35 @@ def doc_of(target: str) -> str:
     return found.doc if found else ""
 
 
+def lineage(target: str) -> list[tuple[Path, ast.ClassDef]]:
+    """(file, class) of the class at a dotted path and of the bases that its source names, the nearest first; empty where
+    there is no such source.
+
+    Raises:
+        ImportError: there is no such module.
+    """
+    module, _, name = target.rpartition(".")
+    parsed, file = _tree(module), file_of(target)
+    if parsed is None or file is None:
+        return []
+    tree, found = parsed[0], list[tuple[Path, ast.ClassDef]]()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            found.append((file, node))
+            for base in node.bases:
+                if isinstance(base, ast.Name):
+                    found += lineage(f"{_home(tree, module, base.id)}.{base.id}")
+    return found
+
+
+def _home(tree: ast.Module, module: str, name: str) -> str:
+    """The module that a name of this one comes from."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and any(a.name == name for a in node.names):
+            return node.module
+    return module
+
+
 def _options(node: ast.expr) -> list[ast.expr]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return _options(node.left) + _options(node.right)
@@ -178,10 +207,7 @@ def _comment(line: str) -> str:
 
 
 def _origin(tree: ast.Module, module: str, name: str) -> Source | None:
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module and any(a.name == name for a in node.names):
-            return _class(node.module, name)
-    return _class(module, name)
+    return _class(_home(tree, module, name), name)
 
 
 def _parameters(init: ast.FunctionDef) -> dict[str, Setting]:

@@ -50,6 +50,7 @@ CLASSES = [n for n in names("algo") if "_target_" in (content("algo", n).get("al
         ("--help", 0, "alignkit train +algo=NAME"),
         ("list", 0, "+algo=esrl"),
         ("show esrl", 0, "2308.02223"),
+        ("explain algo.lr +algo=esrl", 0, "peak learning rate"),
         ("doctor", None, "transformers"),
         ("train", 2, "+algo=esrl"),
         ("train --help", 0, "Powered by Hydra"),
@@ -92,7 +93,8 @@ def test_an_unknown_verb(cli: Callable[..., tuple[int, str, str]]) -> None:
     assert code == 2
     assert (
         err
-        == "error: '+algo=esrl' is not a command. There is: claim, compare, completion, doctor, evaluate, from-trl, list, report, show, table, train.\n"
+        == "error: '+algo=esrl' is not a command. There is: claim, compare, completion, diff, doctor, evaluate, explain, from-trl, list, "
+        "report, show, table, train, verify-resume.\n"
     )
 
 

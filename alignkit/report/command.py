@@ -1,4 +1,4 @@
-"""The words of ``alignkit report``, ``compare`` and ``table``."""
+"""The words of ``alignkit report``, ``compare``, ``diff`` and ``table``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from alignkit.errors import UserError
 from alignkit.files import write_atomically
-from alignkit.report.collect import collect, configurations
+from alignkit.report.collect import Record, collect, configurations
 
 RUNS = "run directories, folders of runs, or globs"
 
@@ -97,6 +97,45 @@ def compare(words: list[str]) -> None:
     sys.stdout.flush()
     for text in dict.fromkeys([*odd, *warnings, *(w for side in both for w in of_runs(side))]):
         print(f"warning: {text}", file=sys.stderr)
+
+
+def diff(words: list[str]) -> None:
+    """Print what two run directories do not share besides their results."""
+    parser = _parser("diff", "what two runs do not share: settings, data, packages and commit, command")
+    parser.add_argument("a", metavar="A", help="a run directory")
+    parser.add_argument("b", metavar="B", help="the other")
+    given = parser.parse_args(words)
+
+    from alignkit.report.compare import PLACES, records
+    from alignkit.report.terminal import console, show
+
+    both = [_one(given.a), _one(given.b)]
+    tables = records(both[0], both[1], (given.a, given.b))
+    out = console()
+    for each in tables:
+        show(out, each)
+    if not tables:
+        print("nothing differs: settings, data, packages, commit and command are the same.")
+    print(f"({', '.join(PLACES)} say where a run lies and are left out. Results: alignkit compare {given.a} {given.b})")
+    sys.stdout.flush()
+    for word, run in zip((given.a, given.b), both, strict=True):
+        for problem in run.problems:
+            print(f"warning: {word}: {problem}.", file=sys.stderr)
+
+
+def _one(word: str) -> Record:
+    """The run that is named; of a pipeline the pipeline itself.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    found, _ = collect([word])
+    alone = [run for run in found if run.pipeline is None]
+    if len(alone) > 1:
+        raise UserError(
+            f"diff: {word} holds {len(alone)} runs. Name one: {', '.join(str(run.folder) for run in alone[:4])}."
+        )
+    return (alone or found)[0]
 
 
 def table(words: list[str]) -> None:

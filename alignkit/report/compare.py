@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from typing import Any
 
 from alignkit import metrics
 from alignkit.errors import UserError
-from alignkit.report.collect import Configuration, Json, _at, _is_number, differing
+from alignkit.report.collect import Configuration, Json, Record, _at, _flat, _is_number, differing
 from alignkit.report.content import DECODING, Cell, Table, _gap, estimated, label, metrics_of, same_rows, settings
 from alignkit.report.stats import difference, over_rows
 
@@ -73,6 +75,35 @@ def compare(a: Configuration, b: Configuration, how: str = "t") -> tuple[list[Ta
     )
     spent = _ledgers(a, b)
     return [*tables, *([spent] if spent.rows else [])], warnings
+
+
+PLACES = ("run.dir", "run.name", "run.root")  # where a run lies, not what it is
+
+
+def records(a: Record, b: Record, names: tuple[str, str]) -> list[Table]:
+    """A table each of the settings, the data, the environment and the commands of two runs, of what differs alone; no table,
+    no difference."""
+    kinds: list[tuple[str, list[Json]]] = [
+        ("Settings", [{k: v for k, v in _flat(run.config).items() if k not in PLACES} for run in (a, b)]),
+        ("Data", [_flat({k: v for k, v in run.data.items() if k != "sources"}) for run in (a, b)]),
+        ("Environment", [_flat(run.environment) for run in (a, b)]),
+    ]
+    words = [shlex.split(run.starts[-1]) if run.starts else [] for run in (a, b)]
+    alone = [[w for w in mine if w not in other] for mine, other in (words, words[::-1])]
+    kinds.append(("Words of the command", [{"words": shlex.join(each)} for each in alone]))
+    tables = []
+    for kind, both in kinds:
+        keys = differing(both)
+        keys += [k for one in both for k in one if k not in keys and any(k not in x for x in both)]  # null is a value
+        rows = [[Cell(key), *(Cell(_whole(one[key]) if key in one else "no such key") for one in both)] for key in keys]
+        if rows:
+            tables.append(Table(f"{kind} that differ", ["", *names], rows, words=True))
+    return tables
+
+
+def _whole(value: Any) -> str:
+    """A value with all its digits: what differs must look so."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _ledgers(a: Configuration, b: Configuration) -> Table:

@@ -591,6 +591,9 @@ def _of_run(run: Record) -> list[str]:
         found.append(f"the start was the best on dev{kept}.")
     if run.result.get("ended_by") not in (None, "algo.steps", "algo.epochs"):
         found.append(f"{run.result['ended_by']} ended it after {run.steps} steps.")
+    unread = run.result.get("unread")
+    if isinstance(unread, list) and unread:
+        found.append(f"given, but read by nothing in the run: {', '.join(map(str, unread))}.")
     return found
 
 

@@ -19,15 +19,20 @@ EXAMPLES = 512  # training rows whose scores set the mean and the deviation
 
 def run(cfg: DictConfig, run: Run, data: Data, algo: RM, reward: Any) -> dict[str, Any]:
     """Train on the training rows; rank held-out ones before (where the model was trained before), now and then, and after."""
-    if not data.gives(algo.wants):
-        keys = "data.ratings" if algo.wants == "ratings" else "data.chosen and data.rejected, or data.pairing"
-        raise UserError(f"{cfg.name} learns from {algo.wants}: set {keys}, or choose other data (`alignkit list`).")
+    refuse_other_data(cfg, data, algo)
     rows = algo.prepare(data.rows("train"), data.sides)
     model = algo.build(OmegaConf.to_object(cfg.model), cfg.seed, data.texts(), run.checkpoint)  # type: ignore[arg-type]
     _tell_cut(model, rows, run)
     model.examples = responses_of(rows[:: max(1, len(rows) // EXAMPLES)])
     held_out = HeldOutRewards(cfg.evaluate, data, run)
     return fit(run, model, algo, rows, lambda part: algo.batch(model, part), held_out, data.texts())
+
+
+def refuse_other_data(cfg: DictConfig, data: Data, algo: RM) -> None:
+    """Refuse rows that have nothing for the method to learn from."""
+    if not data.gives(algo.wants):
+        keys = "data.ratings" if algo.wants == "ratings" else "data.chosen and data.rejected, or data.pairing"
+        raise UserError(f"{cfg.name} learns from {algo.wants}: set {keys}, or choose other data (`alignkit list`).")
 
 
 def responses_of(rows: list[Row]) -> list[Row]:

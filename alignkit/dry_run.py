@@ -1,0 +1,630 @@
+"""``alignkit train … --dry-run``: everything that a run does before its first step, and what it would need. Nothing is written.
+
+Models are built on torch's meta device: they have their shapes, and no weights. So what is said of memory is an estimate, made
+as the lines themselves say; that of activations is 34 bytes a token, layer and width in 16 bits (arXiv 2205.05198, without the
+attention matrix, which is not kept), twice that in float32.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from alignkit.config import check, whole
+from alignkit.data import Data, Row
+from alignkit.errors import UserError
+from alignkit.report.collect import _flat, differing
+
+LOOKED_AT = 512  # rows whose lengths are measured: the longest, by characters, and others spread evenly
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass
+class Held:
+    """A model in memory."""
+
+    what: str
+    parameters: int
+    trained: int
+    width: int  # bytes of a weight
+
+    @property
+    def weights(self) -> float:
+        return self.parameters * self.width
+
+    @property
+    def learning(self) -> float:
+        """Bytes of gradients and AdamW's two moments."""
+        return 3 * self.trained * self.width
+
+
+@dataclass
+class Lengths:
+    """Tokens of the rows that were looked at."""
+
+    prompt: float = 0.0  # mean
+    response: float = 0.0
+    longest_prompt: int = 0
+    longest: int = 0  # of prompt and response together
+
+
+@dataclass
+class Found:
+    """What a dry run has found out."""
+
+    lines: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)  # what could not be, and why
+
+    def say(self, name: str, text: str) -> None:
+        self.lines.append(f"{name:<11} {text}")
+
+
+def dry_run(cfg: DictConfig) -> None:
+    """Check a composed configuration, its data and models, and print what a run of it would do and need.
+
+    Raises:
+        UserError: what a real run would refuse before its first step. A model or data set of the hub that is not in the cache
+            is no mistake: it is said that it could not be checked.
+    """
+    check(cfg)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    print(f"dry run of {cfg.name}, stage {cfg.stage}, seed {cfg.seed}: nothing is run and nothing is written.")
+    print(f"directory   {cfg.run.dir}{_already(Path(cfg.run.dir))}")
+    found = Found()
+    if cfg.stage == "pipeline":
+        _pipeline(cfg, found)
+    elif cfg.stage == "study":
+        from alignkit.launch import _build
+
+        algo = _build(cfg.algo, "algo")
+        found.say("study", f"{type(algo).__name__}: an experiment without a language model; its settings are accepted.")
+    else:
+        _single(cfg, found)
+    print("\n".join(found.lines))
+    if found.unchecked:
+        print("\ncould not be checked:\n" + "\n".join(f"  - {one}" for one in found.unchecked))
+
+
+def dry_words(words: list[str]) -> list[str]:
+    """The words of a sweep without what Hydra and its callback would write: jobs run here, in turn.
+
+    Raises:
+        UserError: a sweeper that needs results.
+    """
+    sweeper = next((w for w in words if w.startswith("hydra/sweeper=")), None)
+    if sweeper not in (None, "hydra/sweeper=basic"):
+        raise UserError(f"--dry-run: {sweeper} chooses jobs by their results, of which there are none. Leave it out.")
+    if not {"-m", "--multirun"} & set(words):
+        return words
+    words = [w for w in words if not w.startswith("hydra/launcher=")]
+    folder = tempfile.mkdtemp(prefix="alignkit-dry-run-")  # Hydra notes the sweep in it
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return [*words, f"hydra.sweep.dir={folder}", "~hydra.callbacks.sweep"]
+
+
+def _already(directory: Path) -> str:
+    if (directory / "result.json").is_file():
+        return " (holds a finished run: the command would do nothing but say so)"
+    begun = directory.is_dir() and (any(directory.glob("checkpoint-*")) or (directory / "parts").is_dir())
+    return " (holds an unfinished run, which the command goes on with)" if begun else ""
+
+
+def _pipeline(cfg: DictConfig, found: Found) -> None:
+    """The steps, each composed and compared with its classes; its data and models may be those of an earlier step."""
+    from hydra import compose
+    from hydra.core.global_hydra import GlobalHydra
+
+    from alignkit.cli import hydra_words
+    from alignkit.stages import pipeline
+
+    commands = pipeline.steps(cfg)
+    pipeline._check(commands)
+    for name, words in commands.items():
+        stage = ""
+        if GlobalHydra.instance().is_initialized():
+            stage = f"stage {compose('config', hydra_words(words)).stage}, composed and accepted"
+        own = [w for w in words if not w.startswith(("run.", "seed="))]
+        found.say(f"step {name}", f"{stage}: alignkit train {' '.join(own)}")
+    found.lines.append(
+        "Each step can be looked at by itself: its words and --dry-run, once the runs that it reads are there."
+    )
+
+
+# ---- one run ---------------------------------------------------------------------------------------------------
+
+
+def _single(cfg: DictConfig, found: Found) -> None:
+    from alignkit import launch
+
+    data: Data = launch._build(cfg.data, "data")
+    rows = _rows(cfg, data, found)
+    algo = launch._build(cfg.algo, "algo") if cfg.algo else None
+    learned: list[Held] = []
+    for name in ("reward", "audit.reward"):
+        node = OmegaConf.select(cfg, name)
+        if node:
+            learned += _reward(node, name, found)
+    prepared = _prepared(cfg, data, algo, rows)
+    reader, more = _models(cfg, data, algo, rows.get("train", []), found)
+    lengths = _lengths(reader, prepared or rows.get("test") or rows.get("dev") or [], data) if reader else Lengths()
+    _say_steps(cfg, algo, prepared, rows, lengths, found)
+    if reader is not None:
+        _say_models(reader, cfg, [*more, *learned], found)
+        _say_memory(cfg, algo, reader, [*more, *learned], lengths, found)
+        _say_disk(cfg, reader, more, found)
+    _say_time(cfg, algo, len(prepared), found)
+    if reader is not None and (prepared or rows):
+        from alignkit.show import console, render
+
+        first = prepared[:1] or rows.get("train", [])[:1] or next((r[:1] for r in rows.values() if r), [])
+        out = console()
+        with out.capture() as captured:
+            render(out, cfg.stage, reader, first, data)
+        found.lines += ["", "the first row as the model reads it; [tokens] are the response:", captured.get().rstrip()]
+
+
+def _rows(cfg: DictConfig, data: Data, found: Found) -> dict[str, list[Row]]:
+    """The rows of every split; of hub data that are not in the cache, none."""
+    from alignkit import launch
+
+    named = [str(getattr(data, split)) for split in ("train", "dev", "test") if getattr(data, split)]
+    try:
+        record = launch._read(cfg, data)
+    except UserError as e:
+        if not any(source.startswith("hf:") for source in named) or not str(e).startswith("hf:"):
+            raise
+        found.unchecked.append(f"the data ({str(e).splitlines()[0]}): rows, lengths, steps by epochs and the example.")
+        return {}
+    counts = [f"{split} {n:,}" for split, n in record["rows"].items()]
+    found.say("rows", ", ".join(counts))
+    return {split: data.rows(split) for split in record["rows"]}
+
+
+def _prepared(cfg: DictConfig, data: Data, algo: Any, rows: dict[str, list[Row]]) -> list[Row]:
+    """The training rows as the method takes them: what it refuses is refused here."""
+    train = rows.get("train", [])
+    if not train or algo is None:
+        return train
+    if cfg.stage == "rm":
+        from alignkit.stages.rm import refuse_other_data
+
+        refuse_other_data(cfg, data, algo)
+    if cfg.stage == "refine":
+        if algo.needs_reward and not cfg.reward:
+            raise UserError(f"{cfg.name} goes by a reward: choose one with reward=NAME (see `alignkit list`).")
+        return list(algo.prepare(train))
+    if hasattr(algo, "prepare"):
+        return list(algo.prepare(train, data.sides))
+    return train
+
+
+def _reward(node: DictConfig, name: str, found: Found) -> list[Held]:
+    """Build a reward; of learned ones only their models' shapes."""
+    from alignkit import launch
+
+    models = list(_learned(OmegaConf.to_container(node, resolve=True)))
+    if not models:
+        launch._build(node, name)
+        return []
+    held = []
+    for path, dtype in models:
+        try:
+            shape = _shape(path, found, f"{name}: the reward model {path}", _reward_folder)
+        except UserError as e:
+            raise UserError(f"{name}: {str(e).replace('model.path', 'reward.model')}") from None
+        if shape is not None:
+            held.append(Held(f"reward model {path}", shape, 0, BYTES.get(dtype, 4)))
+    return held
+
+
+def _learned(value: Any) -> list[tuple[str, str]]:
+    """(path, dtype) of every model that a reward reads."""
+    if not isinstance(value, dict):
+        return []
+    inside = [one for item in value.values() for one in _learned(item)]
+    if str(value.get("_target_", "")).endswith(".Learned"):
+        paths = value["model"] if isinstance(value["model"], list) else [value["model"]]
+        return [(str(path), value.get("dtype", "float32")) for path in paths] + inside
+    return inside
+
+
+def _reward_folder(path: str) -> str:
+    from alignkit.reward_model import _folder
+
+    return str(_folder(path))
+
+
+def _shape(path: str, found: Found, what: str, folder: Callable[[str], str]) -> int | None:
+    """Parameters of a model that is only read."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(folder(path))
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModel.from_config(config).parameters())
+    except (OSError, ValueError, UserError) as e:
+        if isinstance(e, UserError) and (Path(path).expanduser().exists() or path.startswith((".", "/", "~"))):
+            raise
+        found.unchecked.append(f"{what}: {' '.join(str(e).split())[:160]}")
+        return None
+
+
+def _models(cfg: DictConfig, data: Data, algo: Any, train: list[Row], found: Found) -> tuple[Any, list[Held]]:
+    """(the model that is trained or read, without weights; the others beside it), None where it could not be had."""
+    model: Any = OmegaConf.to_object(cfg.model)
+    device, model.device = model.device, "meta"
+    texts = data.texts() if train else []
+    what = f"the model {model.path}" if model.path else "the model"
+    if not model.path and not train and not model.tokenizer:
+        found.unchecked.append("the model: its tokenizer is trained on the data.")
+        return None, []
+    try:
+        _device(device)
+        reader = _build_reader(cfg, model, algo, texts)
+    except UserError as e:
+        if not _of_hub(cfg) or "cannot be loaded" not in str(e):
+            raise
+        found.unchecked.append(
+            f"{what}, and with it parameters, memory, disk and lengths: {' '.join(str(e).split())[:200]}"
+        )
+        return None, []
+    more = []
+    width = BYTES[cfg.model.dtype]
+    critic = getattr(algo, "critic", None) if cfg.stage == "rl" else None
+    if critic is not None:
+        from dataclasses import replace
+
+        built = replace(critic, path=None).build(reader.model)
+        own = [p for p in built.parameters() if p.requires_grad]
+        more.append(Held("critic", _count(built.parameters()), _count(own), width))
+    all_of_it = _count(reader.model.parameters())
+    if (cfg.stage == "rl" and algo.wants_reference) or (cfg.stage == "pref" and algo.needs_reference):
+        if cfg.model.lora.r and cfg.stage == "rl":
+            pass  # the model itself with its adapters off
+        else:
+            name = "start model" if cfg.stage == "rl" else "start model (asked before the first step, then let go)"
+            more.append(Held(name, all_of_it, 0, width))
+    teacher = getattr(algo, "teacher_model", None)
+    if teacher is not None:
+        more.append(Held("teacher", _count(teacher.model.parameters()), 0, 4))
+    if reader.beside is not None:
+        maps = _count(reader.beside.parameters())
+        more.append(Held("maps to the teacher's width", maps, maps, width))
+    base = getattr(reader, "base", None)
+    if base is not None and hasattr(base, "model"):
+        more.append(Held("frozen base", _count(base.model.parameters()), 0, width))
+    return reader, more
+
+
+def _build_reader(cfg: DictConfig, model: Any, algo: Any, texts: list[str]) -> Any:
+    from alignkit import classifier, policy, reward_model
+
+    if cfg.stage == "evaluate_rm":
+        return reward_model.build(model, reward_model.Reading(), cfg.seed, texts)
+    if cfg.stage == "evaluate_classes":
+        return classifier.load(model, cfg.seed)
+    if algo is not None and hasattr(algo, "build") and cfg.stage != "pref":
+        return algo.build(model, cfg.seed, texts, None)
+    return policy.load(model, cfg.seed, texts)
+
+
+def _of_hub(cfg: DictConfig) -> bool:
+    """Whether a model of this configuration may be one of the hub: an id, no folder."""
+    named = [cfg.model.path, cfg.model.tokenizer, cfg.algo.get("teacher"), cfg.algo.get("base"), cfg.model.steer.value]
+    return any(p and not p.startswith(("bundled:", ".", "/", "~")) and not Path(p).exists() for p in named)
+
+
+def _device(device: str) -> None:
+    """Refuse a device that is not there, as a real run does."""
+    from alignkit.loading import device_of
+
+    device_of(device)
+
+
+def _count(parameters: Any) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _lengths(reader: Any, rows: list[Row], data: Data) -> Lengths:
+    """Tokens of the longest rows and of others."""
+    if not rows:
+        return Lengths()
+    sides = [side for side in data.sides if side in rows[0]] or ["response"]
+
+    def characters(row: Row) -> int:
+        return len(str(row["prompt"])) + max(len(row.get(side) or "") for side in sides)
+
+    longest = sorted(rows, key=characters, reverse=True)[: LOOKED_AT // 8]
+    spread = rows[:: max(1, len(rows) // LOOKED_AT)][:LOOKED_AT]
+
+    def tokens(some: list[Row]) -> list[tuple[int, int]]:
+        prompts = [len(ids) for ids in reader.prompt_ids(some)]
+        if hasattr(reader, "labels"):
+            return [(n, 1) for n in prompts]
+        answers = [[len(reader.encode_responses([row[s]])[0]) if row.get(s) else 0 for s in sides] for row in some]
+        return [(n, max(each)) for n, each in zip(prompts, answers, strict=True)]
+
+    long, usual = tokens(longest), tokens(spread)
+    return Lengths(
+        sum(p for p, _ in usual) / len(usual),
+        sum(r for _, r in usual) / len(usual),
+        max(p for p, _ in long + usual),
+        max(p + r for p, r in long + usual),
+    )
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------
+
+
+def _say_models(reader: Any, cfg: DictConfig, more: list[Held], found: Found) -> None:
+    all_of_it, trained = _own(reader, cfg)
+    what = cfg.model.path or "built from scratch"
+    how = "none is trained" if not trained else "all trained" if trained == all_of_it else f"{trained:,} trained"
+    kind = f"{reader.model.config.model_type}, {reader.kind}"
+    found.say("model", f"{what} ({kind}): {all_of_it:,} parameters, {how}, {cfg.model.dtype}.")
+    for one in more:
+        how = (
+            "frozen" if not one.trained else "trained" if one.trained == one.parameters else f"{one.trained:,} trained"
+        )
+        found.say("beside it", f"{one.what}: {one.parameters:,} parameters, {how}.")
+
+
+def _own(reader: Any, cfg: DictConfig) -> tuple[int, int]:
+    """(parameters, those that are trained) of the model itself."""
+    from alignkit.launch import EVALUATES
+
+    parameters = list(reader.model.parameters())
+    frozen = cfg.stage in EVALUATES or cfg.stage == "refine"
+    return _count(parameters), 0 if frozen else _count(p for p in parameters if p.requires_grad)
+
+
+def steps_of(cfg: DictConfig, algo: Any, rows: int) -> int | None:
+    """Steps of the training loop, where the stage has one and the rows are known."""
+    if cfg.stage == "rl":
+        return int(algo.steps)
+    if cfg.stage in ("sft", "pref", "rm", "distill", "select") and (rows or algo.steps):
+        steps = int(algo.steps_over(rows))
+        if cfg.stage == "select":
+            algo.phase_ends(steps)  # refuses more phases than steps
+            return steps * int(algo.episodes_)
+        return steps
+    if cfg.stage == "refine" and rows:
+        return math.ceil(rows / algo.rows_per_part)
+    return None
+
+
+def samples_of(algo: Any) -> tuple[int, str]:
+    """(samples of an input at most, how that is known) of a method that samples."""
+    for name in ("k_max", "k", "n", "samples"):
+        value = getattr(algo, name, None)
+        if isinstance(value, int):
+            return value, f"algo.{name}"
+    return 1, "one each"
+
+
+def _say_steps(
+    cfg: DictConfig, algo: Any, prepared: list[Row], rows: dict[str, list[Row]], lengths: Lengths, found: Found
+) -> None:
+    if prepared and len(prepared) != len(rows.get("train", [])):
+        found.say("taken", f"{len(prepared):,} training rows, as the method prepares them.")
+    if lengths.longest:
+        found.say(
+            "lengths",
+            f"prompt {lengths.prompt:.0f} tokens, response {lengths.response:.0f} (means); longest row {lengths.longest}.",
+        )
+    steps = steps_of(cfg, algo, len(prepared))
+    if steps is None:
+        if cfg.stage in ("evaluate", "evaluate_rm", "evaluate_classes", "judge"):
+            n = len(rows.get("test") or rows.get("dev") or [])
+            found.say("work", f"{min(n, cfg.evaluate.rows or n):,} rows are measured.")
+        return
+    if cfg.stage == "rl":
+        most, why = samples_of(algo)
+        drawn = algo.prompts_per_step * most
+        found.say("steps", f"{steps:,} of {algo.prompts_per_step} prompts with up to {most} samples ({why}); "
+                           f"{steps * algo.epochs * algo.minibatches:,} optimizer updates.")  # fmt: skip
+        found.say("sampled", f"at most {drawn * algo.max_new_tokens:,} tokens a step, {steps * drawn * algo.max_new_tokens:,} in all"
+                            + (f"; ends at algo.token_budget={algo.token_budget:,}." if algo.token_budget else "."))  # fmt: skip
+        tokens = drawn * algo.max_new_tokens * algo.epochs
+        found.say("trained", f"at most {tokens:,} response tokens a step, {steps * tokens:,} in all.")
+    elif cfg.stage == "refine":
+        found.say(
+            "parts", f"{steps:,} of {algo.rows_per_part} rows; at most {algo.max_new_tokens} tokens a draft or sample."
+        )
+    else:
+        sides = 2 if prepared and "chosen" in prepared[0] and cfg.stage in ("pref", "rm") else 1
+        each = algo.batch_size * sides * lengths.response
+        episodes = f" ({algo.episodes_} student trainings)" if cfg.stage == "select" else ""
+        found.say("steps", f"{steps:,} optimizer updates of {algo.batch_size} rows{episodes}, {steps * algo.batch_size / max(1, len(prepared)):.2f} "
+                           f"passes over the rows.")  # fmt: skip
+        if each:
+            found.say("trained", f"about {each:,.0f} response tokens a step, {steps * each:,.0f} in all.")
+    every = cfg.evaluate.every
+    held = {s: min(len(r), cfg.evaluate.rows or len(r)) for s, r in rows.items() if s != "train" and r}
+    if cfg.stage not in ("refine", "select") and held:
+        times = (1 + math.ceil(steps / every)) if every and held.get("dev") else 0
+        found.say("evaluate", f"dev {held.get('dev', 0)} rows up to {times} times, test {held.get('test', 0)} rows "
+                              f"{_tested(cfg)}.")  # fmt: skip
+
+
+def _tested(cfg: DictConfig) -> str:
+    """When the test rows are measured; a model from scratch is not measured before it is trained, but by rl."""
+    if not cfg.evaluate.test:
+        return "never"
+    return "before and after" if cfg.model.path or cfg.stage == "rl" else "after"
+
+
+def _say_memory(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Lengths, found: Found) -> None:
+    """An estimate a phase: what is held, and what the largest micro-batch needs besides."""
+    all_of_it, trained = _own(reader, cfg)
+    width = BYTES[cfg.model.dtype]
+    own = Held("model", all_of_it, trained, width)
+    computing = 2 if cfg.model.compute == "bfloat16" else width
+    cast = all_of_it * 2.0 if computing < width else 0.0
+    asked = [one for one in more if "then let go" in one.what]
+    models = [own, *(one for one in more if one not in asked)]
+    weights = sum(one.weights for one in models)
+    moments = sum(2 * one.trained * one.width for one in models)
+    gradients = sum(one.trained * one.width for one in models)
+    vocabulary = int(getattr(reader.model.config, "vocab_size", 0) or 0)
+    layers, size = reader.depth * (2 if reader.kind == "seq2seq" else 1), reader.width
+    phases: dict[str, list[tuple[str, float]]] = {}
+    held = [
+        ("weights", weights),
+        *([("moments", moments)] if moments else []),
+        *([("bfloat16 copy", cast)] if cast else []),
+    ]
+    if asked:
+        phases["start model"] = [*held, ("its weights", sum(one.weights for one in asked))]
+    new = cfg.evaluate.max_new_tokens if cfg.stage != "rl" and cfg.stage != "refine" else algo.max_new_tokens
+    if cfg.stage in ("rl", "refine", "evaluate") or (cfg.stage in ("sft", "pref") and cfg.evaluate.every):
+        if cfg.stage == "rl":
+            at_once = algo.prompts_per_step * samples_of(algo)[0]
+        elif cfg.stage == "refine":
+            at_once = algo.rows_per_part * samples_of(algo)[0]
+        else:
+            at_once = cfg.evaluate.batch_size
+        config = reader.model.config
+        heads = getattr(config, "num_key_value_heads", None)
+        head = getattr(config, "head_dim", None) or size // max(1, getattr(config, "num_attention_heads", 1) or 1)
+        keys = (heads * head) if heads else size
+        cache = at_once * (lengths.longest_prompt + new) * reader.depth * 2 * keys * computing
+        name = "sample" if cfg.stage in ("rl", "refine") else "evaluate"
+        phases[name] = [*held, (f"cache of {at_once} responses at full length", cache)]
+    if trained:
+        budget = int(algo.micro_tokens)
+        rows = algo.batch_size if hasattr(algo, "batch_size") else algo.prompts_per_step * samples_of(algo)[0]
+        longest = lengths.longest_prompt + algo.max_new_tokens if cfg.stage == "rl" else lengths.longest
+        tokens = max(longest, min(budget, rows * max(1, longest)))
+        deep = 17 * computing
+        if cfg.model.gradient_checkpointing:
+            activations = tokens * size * (layers * computing + deep)
+        else:
+            activations = tokens * layers * size * deep
+        writes = cfg.stage in ("sft", "pref", "rl") or (
+            cfg.stage in ("distill", "select") and not hasattr(reader, "labels")
+        )
+        logits = 2 * tokens * vocabulary * computing if writes else 0
+        phases["update"] = [
+            *held, ("gradients", gradients), (f"activations of {tokens:,} tokens", activations),
+            *([("their logits and the gradient of these", logits)] if logits else []),
+        ]  # fmt: skip
+    for name, parts in phases.items():
+        text = ", ".join(f"{what} {_size(amount)}" for what, amount in parts)
+        found.say(f"{name} needs", f"about {_size(sum(a for _, a in parts))}: {text}.")
+    if phases:
+        found.lines.append(
+            "            An estimate: parameters times bytes of a weight, AdamW's moments twice the trained ones; activations 34 bytes a\n"
+            "            token, layer and width in 16 bits (68 in float32), at the longest rows and the full micro-batch; not what the\n"
+            "            libraries and the allocator hold themselves."
+        )
+
+
+def _say_disk(cfg: DictConfig, reader: Any, more: list[Held], found: Found) -> None:
+    from alignkit.launch import EVALUATES
+
+    if cfg.stage in EVALUATES or cfg.stage == "refine":
+        return
+    all_of_it, trained = _own(reader, cfg)
+    width = BYTES[cfg.model.dtype]
+    critics = [one for one in more if one.trained]
+    saved = (trained if cfg.model.lora.r else all_of_it) * width
+    state = 2 * trained * width + sum(3 * one.trained * width for one in critics)
+    count = cfg.run.keep + (0 if cfg.stage == "select" else 1) + 1
+    need = count * (saved + state) + (0 if cfg.stage == "select" else all_of_it * width)
+    place = Path(cfg.run.dir).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    found.say(
+        "disk",
+        f"about {_size(need)}: {count} checkpoints of {_size(saved + state)} (run.keep={cfg.run.keep}, the best, one being written) and "
+        f"final/; {_size(free)} are free.",
+    )
+    if need > free:
+        found.lines.append(
+            "            warning: they do not fit. Free some space, keep fewer, or choose another run.root."
+        )
+
+
+def _size(amount: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if amount >= size:
+            return f"{amount / size:.1f} {unit}" if amount < 100 * size else f"{amount / size:,.0f} {unit}"
+    return f"{amount / 1e3:.0f} kB"
+
+
+# ---- time ------------------------------------------------------------------------------------------------------
+
+OF_NO_WEIGHT = (
+    "algo.steps",
+    "algo.epochs",
+    "algo.lr",
+    "algo.warmup",
+    "algo.schedule",
+    "algo.floor",
+    "algo.weight_decay",
+)
+
+
+def _say_time(cfg: DictConfig, algo: Any, rows: int, found: Found) -> None:
+    """Seconds a step of a finished run of the same method and model, where there is one below ``run.root``."""
+    steps = steps_of(cfg, algo, rows)
+    if steps is None:
+        return
+    now = _flat(json.loads(json.dumps(whole(cfg), default=str)))
+    best: tuple[int, Path, dict[str, Any], list[str]] | None = None
+    for file in sorted([*Path(cfg.run.root).glob("*/result.json"), *Path(cfg.run.root).glob("*/*/result.json")]):
+        like = _family(file, now)
+        if like is not None and (best is None or len(like[1]) < best[0]):
+            best = (len(like[1]), file.parent, like[0], like[1])
+    if best is None:
+        found.say("time", f"not known: no finished run of this method and model lies below {cfg.run.root}.")
+        return
+    _, folder, result, apart = best
+    spent = {k: v for k, v in result["seconds"].items() if k not in ("evaluate", "teacher")}
+    each = sum(spent.values()) / result["steps"]
+    also = f"; {folder.name} differs in {', '.join(apart[:6])}{' …' if len(apart) > 6 else ''}" if apart else ""
+    found.say(
+        "time",
+        f"about {_clock(each * steps)} for {steps:,} steps without evaluation, at the {each:.2g} s a step that {folder} took{also}. "
+        f"Another machine has another speed.",
+    )
+
+
+def _family(file: Path, now: dict[str, Any]) -> tuple[dict[str, Any], list[str]] | None:
+    """(result, the settings in which it differs) of a finished run of the same stage, method and model."""
+    import yaml
+
+    from alignkit.report.collect import YAML_LOADER
+
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        config = yaml.load((file.parent / "config.yaml").read_text(encoding="utf-8"), YAML_LOADER)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(config, dict) or not result.get("steps") or not isinstance(result.get("seconds"), dict):
+        return None
+    then = _flat(config)
+    keys = [k for k in differing([then, now]) if k.partition(".")[0] in ("algo", "model", "data", "reward", "stage")]
+    keys = [k for k in keys if k not in OF_NO_WEIGHT and k not in ("data.dev", "data.test", "data.limit")]
+    same = not any(k == "stage" or k == "algo._target_" or k.startswith("model.") for k in keys)
+    return (result, keys) if same else None
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
