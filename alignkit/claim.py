@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
@@ -386,3 +387,30 @@ def run(name: str, *, quick: bool, seeds: list[int] | None, root: str, words: li
     print(text(claim, found, quick))
     print(f"files: {folder} (claim.html, claim.md, claim.json)")
     return VERDICTS[overall(found)]
+
+
+def main(words: list[str]) -> int:
+    """``NAME [--quick] [--seeds 0 1 …] [key=value …]``; the words go to every run, ``run.root`` says where they are kept."""
+    from alignkit.cli import use_config_dirs, without_config_dirs
+
+    extra = use_config_dirs(words)
+    rest = without_config_dirs(words)
+    seeds: list[int] | None = None
+    if "--seeds" in rest:
+        at = rest.index("--seeds")
+        given = list(itertools.takewhile(lambda w: w.lstrip("-").isdigit(), rest[at + 1 :]))
+        if not given:
+            raise UserError("--seeds: give numbers, as in --seeds 0 1 2.")
+        seeds, rest = [int(w) for w in given], rest[:at] + rest[at + 1 + len(given) :]
+    quick, rest = "--quick" in rest, [w for w in rest if w != "--quick"]
+    names = [w for w in rest if "=" not in w and not w.startswith("-")]
+    unknown = [w for w in rest if w.startswith("-")]
+    if len(names) != 1 or unknown:
+        raise UserError(
+            f"claim: {unknown[0]} is no flag; there are --quick and --seeds."
+            if unknown
+            else "claim: name one claim, as in `alignkit claim pcrm --quick`."
+        )
+    roots = [w.partition("=")[2] for w in rest if w.startswith("run.root=")]
+    more = [w for w in rest if w not in names and not w.startswith("run.root=")]
+    return run(names[0], quick=quick, seeds=seeds, root=roots[-1] if roots else "runs", words=more, extra=extra)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import importlib
 import os
 import re
 import sys
@@ -40,6 +40,7 @@ VERBS = (
     "train", "evaluate", "claim", "verify-resume", "report", "compare", "diff", "table", "list", "show", "explain", "from-trl",
     "completion", "doctor",
 )  # fmt: skip
+MODULES = {"verify-resume": "verify", "from-trl": "from_trl"}  # where a verb's is not called like it
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,32 +70,17 @@ def _dispatch(words: list[str]) -> None:
         from alignkit.report import command
 
         getattr(command, verb)(rest)
-    elif verb == "claim":
-        sys.exit(_claim(rest))
-    elif verb == "verify-resume":
-        sys.exit(_verify(rest))
     elif verb == "list":
         from alignkit.catalog import listing
 
-        print(listing(_use_config_dirs(rest)))
+        print(listing(use_config_dirs(rest)))
     elif verb == "show":
         from alignkit.catalog import card
 
-        extra = _use_config_dirs(rest)
-        names = [w for i, w in enumerate(rest) if not w.startswith("-") and (not i or rest[i - 1] not in CONFIG_DIR)]
+        extra, names = use_config_dirs(rest), [w for w in without_config_dirs(rest) if not w.startswith("-")]
         if len(names) != 1:
             raise UserError("show: name one method, preset, model, data set or reward, as in `alignkit show esrl`.")
         print(card(names[0], extra))
-    elif verb == "explain":
-        print(_explain(rest))
-    elif verb == "from-trl":
-        from alignkit.from_trl import main as from_trl
-
-        from_trl(rest)
-    elif verb == "completion":
-        from alignkit.completion import main as completion
-
-        completion(rest)
     elif verb == "doctor":
         from alignkit.catalog import doctor
 
@@ -102,86 +88,10 @@ def _dispatch(words: list[str]) -> None:
         print(report)
         print("\nwhat is wrong:\n" + "\n".join(f"  - {line}" for line in wrong) if wrong else "\nnothing is wrong.")
         sys.exit(1 if wrong else 0)
+    elif verb in VERBS:  # a module of its own, whose ``main`` takes the words and gives the exit code
+        sys.exit(importlib.import_module(f"alignkit.{MODULES.get(verb, verb)}").main(rest))
     else:
         raise UserError(f"'{verb}' is not a command.{suggest(verb, VERBS)}")
-
-
-def _claim(words: list[str]) -> int:
-    """``NAME [--quick] [--seeds 0 1 …] [key=value …]``; the words go to every run, ``run.root`` says where they are kept."""
-    from alignkit import claim
-
-    extra = _use_config_dirs(words)
-    rest = [w for i, w in enumerate(words) if w not in CONFIG_DIR and (not i or words[i - 1] not in CONFIG_DIR)]
-    seeds: list[int] | None = None
-    if "--seeds" in rest:
-        at = rest.index("--seeds")
-        given = list(itertools.takewhile(lambda w: w.lstrip("-").isdigit(), rest[at + 1 :]))
-        if not given:
-            raise UserError("--seeds: give numbers, as in --seeds 0 1 2.")
-        seeds, rest = [int(w) for w in given], rest[:at] + rest[at + 1 + len(given) :]
-    quick, rest = "--quick" in rest, [w for w in rest if w != "--quick"]
-    names = [w for w in rest if "=" not in w and not w.startswith("-")]
-    unknown = [w for w in rest if w.startswith("-")]
-    if len(names) != 1 or unknown:
-        raise UserError(
-            f"claim: {unknown[0]} is no flag; there are --quick and --seeds."
-            if unknown
-            else "claim: name one claim, as in `alignkit claim pcrm --quick`."
-        )
-    roots = [w.partition("=")[2] for w in rest if w.startswith("run.root=")]
-    more = [w for w in rest if w not in names and not w.startswith("run.root=")]
-    return claim.run(names[0], quick=quick, seeds=seeds, root=roots[-1] if roots else "runs", words=more, extra=extra)
-
-
-def _verify(words: list[str]) -> int:
-    """``+algo=NAME [words …] [--steps N] [--more M]``."""
-    from alignkit import verify
-
-    numbers = {"--steps": 2, "--more": 2}
-    rest = []
-    left = iter(words)
-    for word in left:
-        flag, _, value = word.partition("=")
-        if flag not in numbers:
-            rest.append(word)
-            continue
-        value = value or next(left, "")
-        if not value.isdigit():
-            raise UserError(f"{flag}: give a number, as in {flag} {numbers[flag]}.")
-        numbers[flag] = int(value)
-    return verify.run(rest, numbers["--steps"], numbers["--more"])
-
-
-def _explain(words: list[str]) -> str:
-    """``KEY [+algo=NAME] [key=value …]``, in any order."""
-    extra = _use_config_dirs(words)
-    rest = [
-        w for i, w in enumerate(words) if not w.startswith(CONFIG_DIR) and (not i or words[i - 1] not in CONFIG_DIR)
-    ]
-    keys = [w for w in rest if "=" not in w and not w.startswith(("-", "~"))]
-    flags = [w for w in rest if w.startswith("-")]
-    if len(keys) != 1 or flags:
-        raise UserError(
-            f"explain: {flags[0]} is no flag; there is --config-dir."
-            if flags
-            else "explain: name one key, as in `alignkit explain algo.lr +algo=esrl`."
-        )
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from alignkit.config import conf_dir, register
-    from alignkit.explain import explain
-
-    register()
-    given = [w for f in extra for w in ("--config-dir", str(f))]
-    rest = hydra_words([*given, *(w for w in rest if w != keys[0])])[len(given) :]
-    rest += [f"hydra.searchpath=[{','.join(f'file://{f.resolve()}' for f in extra)}]"] if extra else []
-    try:
-        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-            return explain(keys[0], compose("config", rest), rest)
-    except (HydraException, OmegaConfBaseException) as e:
-        raise UserError(_uncomposed(e, rest)) from None
 
 
 def train(words: list[str]) -> None:
@@ -200,7 +110,7 @@ def train(words: list[str]) -> None:
     }:
         from alignkit.catalog import listing
 
-        print(listing(_use_config_dirs(words)))
+        print(listing(use_config_dirs(words)))
         _leave("error: train: name a method with +algo=NAME or a preset with +preset=NAME.", 2)
 
     import hydra
@@ -220,7 +130,7 @@ def train(words: list[str]) -> None:
     if "hydra/sweeper=optuna" in words and not any(w.startswith("hydra.sweeper.direction=") for w in words):
         words.append("hydra.sweeper.direction=maximize")  # as every metric that picks a checkpoint is
     sys.argv = ["alignkit train", *words]
-    _use_config_dirs(words)
+    use_config_dirs(words)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, instead of printing them and exiting with 1
     started = False
 
@@ -238,10 +148,10 @@ def train(words: list[str]) -> None:
         except (HydraException, OmegaConfBaseException) as e:
             if started:
                 raise
-            raise UserError(_uncomposed(e, words)) from None
+            raise UserError(uncomposed(e, words)) from None
 
 
-def _uncomposed(e: Exception, words: list[str]) -> str:
+def uncomposed(e: Exception, words: list[str]) -> str:
     """Why Hydra could not compose these words, and the way out."""
     if "Ambiguous value" in str(e):
         return f"{str(e).splitlines()[0]} Several values are a sweep: alignkit train -m …"
@@ -325,7 +235,7 @@ def hydra_words(words: list[str]) -> list[str]:
     multirun = [w for w in words if w in ("-m", "--multirun")]  # Hydra's parser wants its flags first
     words = multirun + [w for w in words if w not in multirun]
     words = [re.sub(r"^(model|data|reward)=null$", r"~\1", w) for w in words]
-    extra = _use_config_dirs(words)
+    extra = use_config_dirs(words)
     for word in words:
         matched = re.match(r"^[+~]*([\w./@-]+)=(.*)$", word)
         if not matched or word.startswith("-"):
@@ -350,7 +260,16 @@ def hydra_words(words: list[str]) -> list[str]:
     return words
 
 
-def _use_config_dirs(words: list[str]) -> list[Path]:
+def without_config_dirs(words: list[str]) -> list[str]:
+    """The words that are neither ``--config-dir`` nor what it names."""
+    flags = tuple(f"{flag}=" for flag in CONFIG_DIR)
+    return [
+        w for i, w in enumerate(words)
+        if w not in CONFIG_DIR and not w.startswith(flags) and (not i or words[i - 1] not in CONFIG_DIR)
+    ]  # fmt: skip
+
+
+def use_config_dirs(words: list[str]) -> list[Path]:
     """The folders of ``--config-dir``; classes beside their files, and in the working folder, can be named from now on.
 
     Raises:

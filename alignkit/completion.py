@@ -57,7 +57,9 @@ complete -c alignkit -f -a '(__alignkit_words)'
 """,
 }
 FLAGS = {
-    "train": ("-m", "--config-dir", "--cfg", "--help"),
+    "train": ("-m", "--dry-run", "--config-dir", "--cfg", "--help"),
+    "explain": ("--config-dir",),
+    "verify-resume": ("--steps", "--more", "--config-dir"),
     "evaluate": (),
     "claim": ("--quick", "--seeds", "--config-dir"),
     "report": ("--baseline", "--output", "--title", "--rows", "--interval"),
@@ -67,7 +69,7 @@ FLAGS = {
     "show": ("--config-dir",),
     "from-trl": ("--trainer",),
 }
-RUNS = ("evaluate", "report", "compare", "table")  # verbs that name run directories
+RUNS = ("evaluate", "report", "compare", "diff", "table")  # verbs that name run directories
 
 
 def main(words: list[str]) -> None:
@@ -109,8 +111,14 @@ def candidates(words: list[str]) -> list[str]:
         found = catalog.options("claim", _extra(before))
     elif verb in RUNS and "=" not in current and (verb != "evaluate" or len(before) == 1):
         found = _paths(current, folders=True)
-    elif verb in ("train", "evaluate", "claim"):
+    elif verb in ("train", "evaluate", "claim", "verify-resume"):
         found = _settings(before, current)
+    elif verb == "explain":
+        words = _settings(before, current)
+        found = [
+            *words,
+            *(word.removesuffix("=") for word in words if "." in word),
+        ]  # the key itself, and what it is asked with
     else:
         found = ()
     return sorted({word for word in found if word.startswith(current)})
@@ -122,7 +130,7 @@ def _settings(before: list[str], current: str) -> list[str]:
     if "=" in current:
         return [f"{key}={value}" for value in _values(before, key, current.partition("=")[2], extra)]
     chosen = any(word.lstrip("+").startswith(("algo=", "preset=")) for word in before)
-    found = [] if chosen or before[0] != "train" else ["+algo=", "+preset="]
+    found = [] if chosen or before[0] not in ("train", "explain", "verify-resume") else ["+algo=", "+preset="]
     found += [f"{key}=" for key in ("model", "data", "reward", "seed")]
     nodes = {
         "model": schema_keys("model"),

@@ -27,6 +27,37 @@ SHOW_ALONE = (
 )  # they speak of settings, and use none
 
 
+def main(words: list[str]) -> None:
+    """``KEY [+algo=NAME] [key=value …]``, in any order."""
+    from alignkit.cli import hydra_words, uncomposed, use_config_dirs, without_config_dirs
+
+    extra = use_config_dirs(words)
+    rest = without_config_dirs(words)
+    keys = [w for w in rest if "=" not in w and not w.startswith(("-", "~"))]
+    flags = [w for w in rest if w.startswith("-")]
+    if len(keys) != 1 or flags:
+        raise UserError(
+            f"explain: {flags[0]} is no flag; there is --config-dir."
+            if flags
+            else "explain: name one key, as in `alignkit explain algo.lr +algo=esrl`."
+        )
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from alignkit.config import conf_dir, register
+
+    register()
+    given = [w for f in extra for w in ("--config-dir", str(f))]
+    rest = hydra_words([*given, *(w for w in rest if w != keys[0])])[len(given) :]
+    rest += [f"hydra.searchpath=[{','.join(f'file://{f.resolve()}' for f in extra)}]"] if extra else []
+    try:
+        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+            print(explain(keys[0], compose("config", rest), rest))
+    except (HydraException, OmegaConfBaseException) as e:
+        raise UserError(uncomposed(e, rest)) from None
+
+
 def explain(key: str, cfg: DictConfig, words: list[str]) -> str:
     """What there is to say of a dotted key of ``cfg``, which is composed of ``words``; of a section, a line a key.
 

@@ -45,6 +45,23 @@ def without_clock(file: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in lines]
 
 
+def main(words: list[str]) -> int:
+    """``+algo=NAME [words …] [--steps N] [--more M]``."""
+    numbers = {"--steps": 2, "--more": 2}
+    rest = []
+    left = iter(words)
+    for word in left:
+        flag, _, value = word.partition("=")
+        if flag not in numbers:
+            rest.append(word)
+            continue
+        value = value or next(left, "")
+        if not value.isdigit():
+            raise UserError(f"{flag}: give a number, as in {flag} {numbers[flag]}.")
+        numbers[flag] = int(value)
+    return run(rest, numbers["--steps"], numbers["--more"])
+
+
 def run(words: list[str], steps: int = 2, more: int = 2) -> int:
     """Train ``steps + more`` steps by ``words``, once unbroken and once killed twice; print what is the same or differs.
 
@@ -108,7 +125,7 @@ def composed(words: list[str]) -> DictConfig:
     from alignkit.config import check, conf_dir, register
 
     register()
-    folders = cli._use_config_dirs(words)
+    folders = cli.use_config_dirs(words)
     plain = _without_flags(cli.hydra_words(words))
     if not any(w.startswith(("+algo=", "+preset=")) for w in plain):
         raise UserError("verify-resume: name a method with +algo=NAME.")
@@ -119,7 +136,7 @@ def composed(words: list[str]) -> DictConfig:
             cfg = compose("config", plain)
         check(cfg)
     except (HydraException, OmegaConfBaseException) as e:
-        raise UserError(cli._uncomposed(e, words)) from None
+        raise UserError(cli.uncomposed(e, words)) from None
     if cfg.stage in NOTHING_TO_RESUME:
         raise UserError(f"verify-resume: {cfg.stage} has nothing to resume: {NOTHING_TO_RESUME[cfg.stage]}.")
     return cfg
