@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import shlex
 import statistics
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +18,14 @@ from typing import Any
 
 import yaml
 
+from alignkit import config
 from alignkit.config import conf_dir
 from alignkit.errors import UserError, suggest
 from alignkit.files import write_atomically
 from alignkit.report.stats import t_quantile
 
 VERDICTS = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}  # and what the command exits with
+QUICK = " (quick: no verdict to quote)"
 HEAD = ("claim", "measured, 95 % interval", "seeds", "needed", "the paper's", "verdict")
 
 
@@ -42,7 +46,7 @@ class Check:
     least: float | None = None  # the effect must be beyond it; null: 0 of a difference, 1 of a ratio
     budget: str | None = None  # place in result.json that must be equal in both arms, within 5 %
     control: str | None = None  # an arm without the idea: where it has the effect too, the claim fails
-    paper: str | None = None  # the paper's number and where it stands; null: none was read
+    paper: str | None = None  # the paper's number and where it stands; null: there is none, or it was not read
 
     @property
     def bound(self) -> float:
@@ -151,19 +155,38 @@ def runs(claim: Claim, seeds: list[int], root: str, words: list[str]) -> dict[st
     return found
 
 
+def refuse(claim: Claim, words: list[str]) -> None:
+    """Compose every arm and compare it with what its classes accept, before the first is run.
+
+    Raises:
+        UserError: one that cannot be run; names the arm.
+    """
+    for arm, own in claim.arms.items():
+        try:
+            _composed([*own, *claim.words, *words], config.check)
+        except UserError as e:
+            raise UserError(f"arms.{arm}: {e}") from None
+
+
 def _one(words: list[str]) -> dict[str, Any]:
+    from alignkit.launch import launch
+
+    found: dict[str, Any] = _composed(words, launch)
+    return found
+
+
+def _composed(words: list[str], then: Callable[[Any], Any]) -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from alignkit.cli import hydra_words
     from alignkit.config import register
-    from alignkit.launch import launch
 
     register()
     try:
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-            return launch(compose("config", hydra_words(words)))
+            return then(compose("config", hydra_words(words)))
     except (HydraException, OmegaConfBaseException) as e:
         raise UserError(str(e).splitlines()[0]) from None
 
@@ -187,14 +210,16 @@ def value(result: dict[str, Any], place: str, step: str = "", at: dict[str, floa
     found: Any = result
     for part in place.split("."):
         found = found.get(part) if isinstance(found, dict) else None
-    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+    number = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
+    return float(found) if number else None
 
 
 def trace(run: Path, metric: str, column: str = "kl") -> list[tuple[float, float]]:
     """(column, metric) wherever a run has logged the metric, in order; where the column is not logged yet, at the start, it is 0."""
     text = (run / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.split("\n") if line]
-    return [(line.get(column, 0.0), line[metric]) for line in lines if metric in line]
+    found = [(line.get(column, 0.0), line[metric]) for line in lines if metric in line]
+    return [point for point in found if all(map(math.isfinite, point))]
 
 
 def reached(points: list[tuple[float, float]], level: float) -> float | None:
@@ -227,22 +252,33 @@ def measure(check: Check, results: dict[str, dict[int, dict[str, Any]]], seeds: 
         found.verdict, found.why = "FAIL", "the effect is not there"
     if found.verdict == "PASS" and check.control is not None:
         _refute(check, results, seeds, found, sign)
+    if low == high:
+        found.why = "; ".join(filter(None, [found.why, "the seeds do not differ, so the interval says nothing"]))
     return found
 
 
 def _refute(check: Check, results: dict[str, dict[int, dict[str, Any]]], seeds: int, found: Found, sign: int) -> None:
-    """A control that has the effect too says that the idea is not what does it."""
+    """A control that has the effect too says that the idea is not what does it; so does one that may be as good as the idea."""
     control, _ = _effects(check, str(check.control), results)
     if len(control) < seeds:
         found.verdict, found.why = "INCONCLUSIVE", f"the control {check.control} was not measured"
+        return
+    if check.budget is not None and (apart := _budget(check, results, str(check.control))):
+        found.verdict, found.why = "INCONCLUSIVE", f"the control: {apart}"
         return
     mean, low, high = interval(control, check.effect)
     near = min(sign * low, sign * high)
     shown = f"{mean:.3g} [{low:.3g}, {high:.3g}]"
     if near > sign * check.bound:
         found.verdict, found.why = "FAIL", f"the control {check.control}, without the idea, has the effect too: {shown}"
+        return
+    more = [a / b if check.effect == "ratio" else a - b for a, b in zip(found.effects, control, strict=True)]
+    _, low, high = interval(more, check.effect)
+    if min(sign * low, sign * high) <= sign * float(check.effect == "ratio"):
+        found.verdict = "INCONCLUSIVE"
+        found.why = f"the control {check.control} may have as much of it: {shown}"
     else:
-        found.why = f"the control {check.control} does not show it: {shown}"
+        found.why = f"the control {check.control} has less of it: {shown}"
 
 
 def _effects(check: Check, arm: str, results: dict[str, dict[int, dict[str, Any]]]) -> tuple[list[float], str]:
@@ -271,17 +307,17 @@ def _where(check: Check) -> str:
     return "".join(f" at {column} {level:g}" for column, level in (check.at or {}).items())
 
 
-def _budget(check: Check, results: dict[str, dict[int, dict[str, Any]]]) -> str:
+def _budget(check: Check, results: dict[str, dict[int, dict[str, Any]]], of: str = "") -> str:
     """What is unequal between the arms though it must be equal; empty where nothing is."""
-    than = str(check.than)
-    own, other = (results[a.partition("/")[0]] for a in (check.of, than))
+    of, than = of or check.of, str(check.than)
+    own, other = (results[a.partition("/")[0]] for a in (of, than))
     for seed in sorted(set(own) & set(other)):
-        ends = ((own, check.of), (other, than))
+        ends = ((own, of), (other, than))
         a, b = (value(r[seed], str(check.budget), arm.partition("/")[2]) for r, arm in ends)
         if a is None or b is None:
             return f"the budget {check.budget} was not recorded"
         if abs(a - b) > 0.05 * max(a, b):
-            return f"unequal budgets, seed {seed}: {check.budget} is {a:,.0f} of {check.of}, {b:,.0f} of {check.than}"
+            return f"unequal budgets, seed {seed}: {check.budget} is {a:,.0f} of {of}, {b:,.0f} of {than}"
     return ""
 
 
@@ -305,10 +341,10 @@ def overall(found: dict[str, Found]) -> str:
 
 def text(claim: Claim, found: dict[str, Found], quick: bool) -> str:
     """Markdown: a line a check, what the scale is and what was not reproduced."""
-    lines = [f"# {claim.name}: {overall(found)}", "", claim.paper + (" (quick)" if quick else ""), ""]
+    lines = [f"# {claim.name}: {overall(found)}{QUICK if quick else ''}", "", claim.paper, ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     lines += ["| " + " | ".join(cells) + " |" for cells in rows(claim, found)]
-    return "\n".join([*lines, "", *notes(claim)]) + "\n"
+    return "\n".join([*lines, "", *notes(claim, quick)]) + "\n"
 
 
 def rows(claim: Claim, found: dict[str, Found]) -> list[list[str]]:
@@ -323,7 +359,7 @@ def rows(claim: Claim, found: dict[str, Found]) -> list[list[str]]:
         measured = "" if one.mean is None else f"{one.mean:.3g} [{one.low:.3g}, {one.high:.3g}] ({what})"
         needed = f"{'above' if check.direction == 'higher' else 'below'} {check.bound:g}"
         verdict = one.verdict + (f": {one.why}" if one.why else "")
-        lines.append([check.says, measured, str(len(one.effects)), needed, check.paper or "not read", verdict])
+        lines.append([check.says, measured, str(len(one.effects)), needed, check.paper or "–", verdict])
     return lines
 
 
@@ -344,13 +380,20 @@ def _short(place: str) -> str:
     return place.removeprefix("summary.").removesuffix(".value")
 
 
-def notes(claim: Claim) -> list[str]:
+def notes(claim: Claim, quick: bool = False) -> list[str]:
     """At what scale it was measured, and what was not."""
     missing = "; ".join(claim.not_reproduced)
-    return [f"Scale: {claim.scale}.", *([f"Not reproduced: {missing}."] if missing else [])]
+    less = (
+        f" This was a quick look, with {len(claim.quick_seeds)} seeds and {' '.join(claim.quick) or 'no less'}."
+        if quick
+        else ""
+    )
+    return [f"Scale: {claim.scale}.{less}", *([f"Not reproduced: {missing}."] if missing else [])]
 
 
-def page(claim: Claim, found: dict[str, Found], results: dict[str, dict[int, dict[str, Any]]], command: str) -> str:
+def page(
+    claim: Claim, found: dict[str, Found], results: dict[str, dict[int, dict[str, Any]]], command: str, quick: bool
+) -> str:
     """The verdicts and the report of the runs behind them, as one HTML file."""
     from alignkit.report.collect import collect, configurations
     from alignkit.report.content import Cell, Table, build
@@ -360,29 +403,33 @@ def page(claim: Claim, found: dict[str, Found], results: dict[str, dict[int, dic
     groups, more = configurations(runs)
     content = build(groups, [*warnings, *more])
     cells = [[Cell(x, strong=i == len(row) - 1) for i, x in enumerate(row)] for row in rows(claim, found)]
-    content.claims = [Table(claim.paper, list(HEAD), cells, notes(claim), words=True)]
-    return render(content, f"{claim.name}: {overall(found)}", command=command)
+    content.claims = [Table(claim.paper, list(HEAD), cells, notes(claim, quick), words=True)]
+    return render(content, f"{claim.name}: {overall(found)}{QUICK if quick else ''}", command=command)
 
 
 def run(name: str, *, quick: bool, seeds: list[int] | None, root: str, words: list[str], extra: list[Path]) -> int:
     """Measure a claim, write ``claim.html``, ``claim.md`` and ``claim.json`` below the root, print the table; the exit code."""
     claim = load(name, extra)
     seeds = seeds or (claim.quick_seeds if quick else claim.seeds)
+    refuse(claim, [*(claim.quick if quick else []), *words])
     results = runs(claim, seeds, root, [*(claim.quick if quick else []), *words])
     found = {key: measure(check, results, len(seeds)) for key, check in claim.checks.items()}
-    folder = Path(root) / "claims" / (f"{name}-quick" if quick else name)
+    own = name + ("-quick" if quick else "")
+    if words or seeds != (claim.quick_seeds if quick else claim.seeds):  # not the claim as it stands: beside it
+        own += "-" + hashlib.sha256(repr((words, seeds)).encode()).hexdigest()[:8]
+    folder = Path(root) / "claims" / own
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "claim.md", text(claim, found, quick))
     record = {
         "claim": claim.name, "quick": quick, "seeds": seeds, "words": words, "commits": commits(results),
-        "verdict": overall(found),
+        "definition": {key: vars(one) for key, one in claim.checks.items()}, "arms": claim.arms, "verdict": overall(found),
         "checks": {key: vars(one) for key, one in found.items()},
         "runs": {arm: {s: r["directory"] for s, r in each.items()} for arm, each in results.items()},
     }  # fmt: skip
     write_atomically(folder / "claim.json", json.dumps(record, indent=2) + "\n")
     if any(results.values()):
         more = [*(["--quick"] if quick else []), *words, f"run.root={root}"]
-        html = page(claim, found, results, shlex.join(["alignkit", "claim", name, *more]))
+        html = page(claim, found, results, shlex.join(["alignkit", "claim", name, *more]), quick)
         write_atomically(folder / "claim.html", html)
     print(text(claim, found, quick))
     print(f"files: {folder} (claim.html, claim.md, claim.json)")

@@ -134,6 +134,7 @@ class RunSettings:
     overwrite: bool = False  # start anew where the command has run before
     save_every: int = 50  # steps between checkpoints
     keep: int = 2  # checkpoints kept besides the best
+    preflight: bool = True  # before the first step: the longest batch, the disk, template and end tokens, the reward on made-up responses
     samples_every: int = 50  # steps between entries in samples.jsonl; 0: never
     wandb: str = "auto"  # auto (online with a key, else offline) | online | offline | disabled
     project: str = "alignkit"  # wandb project

@@ -872,7 +872,11 @@ class _Reading:
             self.out.translated.append((self.shown("eval_strategy"), dev))
         every = self.number("eval_steps") if self.says("eval_steps") else self.number("logging_steps")
         if strategy == "steps" and every >= 1:
-            self.put("evaluate.every", int(every), "eval_steps" if self.says("eval_steps") else "logging_steps")
+            self.put(
+                "evaluate.every",
+                max(1, round(every / self.updates)),
+                "eval_steps" if self.says("eval_steps") else "logging_steps",
+            )
         else:
             self.miss("eval_steps" if "eval_steps" in self.given else "eval_strategy", "evaluate.every is in steps")
         if held_out and not self.says("load_best_model_at_end"):
@@ -904,7 +908,7 @@ class _Reading:
             self.miss("save_steps", "run.save_every is a number of steps")
         else:
             if "save_steps" in self.given:
-                self.put("run.save_every", self.whole("save_steps"), "save_steps")
+                self.put("run.save_every", max(1, round(self.whole("save_steps") / self.updates)), "save_steps")
             self.used.add("save_strategy")
         if self.given.get("save_total_limit"):
             self.put("run.keep", self.whole("save_total_limit"), "save_total_limit")

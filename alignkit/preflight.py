@@ -46,9 +46,9 @@ def rl(run: Run, policy: Policy, algo: Any, rows: list[Row], reward: Reward, opt
     """Of a policy that learns from its samples: tokens and template, the reward, the disk, the longest micro-batch.
 
     Raises:
-        UserError: what would end the run later.
+        UserError: checkpoints that cannot fit on the disk.
     """
-    if run.first_step >= algo.steps:
+    if not run.cfg.run.preflight or run.first_step >= algo.steps:
         return
     met = _met(run, rows, algo.rows_per_step, algo.steps)
     _tell(run, lint(policy, met[:LOOKED_AT]))
@@ -56,7 +56,12 @@ def rl(run: Run, policy: Policy, algo: Any, rows: list[Row], reward: Reward, opt
         _tell(run, ask(reward, met, policy))
     disk(run, policy, optimizer, algo.steps)
     policy.train(run.cfg.model.gradient_checkpointing)
-    _try(run, policy, optimizer, lambda: _longest_samples(policy, algo, met), lambda part: _score(policy, algo, part))
+    try:
+        _try(
+            run, policy, optimizer, lambda: _longest_samples(policy, algo, met), lambda part: _score(policy, algo, part)
+        )
+    except UserError as e:  # responses may never become so long
+        _tell(run, [f"if every response goes to its limit, this will happen: {e}"])
     policy.train(False)
 
 
@@ -72,7 +77,7 @@ def fit(
     Raises:
         UserError: what would end the run later.
     """
-    if run.first_step >= steps:
+    if not run.cfg.run.preflight or run.first_step >= steps:
         return
     met = _met(run, rows, algo.batch_size, steps)
     if isinstance(model, Policy):
@@ -99,6 +104,8 @@ def refine(run: Run, policy: Policy | None, algo: Any, rows: list[Row], reward: 
     Raises:
         UserError: what would end the run later.
     """
+    if not run.cfg.run.preflight:
+        return
     if policy is not None:
         _tell(run, lint(policy, rows[:LOOKED_AT]))
     if algo.needs_reward and reward is not None and not run.first_step:
@@ -213,10 +220,7 @@ def unended(batch: Batch, cfg: DictConfig) -> list[str]:
 def ask(reward: Reward, rows: list[Row], policy: Policy | None = None) -> list[str]:
     """What is odd about a reward that scores references, references of other rows and empty responses, as sentences.
 
-    Of ``ASKED`` rows, in one call; random numbers are put back. Rows without a reference are asked of empty responses alone.
-
-    Raises:
-        UserError: as ``rewards.judged``: a score that is not finite, a wrong number of scores.
+    Of ``ASKED`` rows, in one call of a copy; random numbers are put back. Rows without a reference are asked of empty responses alone.
     """
     known = [(row, text) for row in rows[: 8 * ASKED] if (text := _reference(row)) is not None][:ASKED]
     asked = [(row, text) for row, text in known]
@@ -227,8 +231,13 @@ def ask(reward: Reward, rows: list[Row], policy: Policy | None = None) -> list[s
     asked += [(row, "") for row in rows[:ASKED]]
     given = [{**row, "response": text} for row, text in asked]
     batch = of_texts(given) if policy is None else policy.demonstrations(given)
-    with _random_numbers_kept():
-        scored = judged(reward, batch.with_(rows=[row for row, _ in asked]))
+    try:
+        with _random_numbers_kept():
+            scored = judged(copy.deepcopy(reward), batch.with_(rows=[row for row, _ in asked]))
+    except Exception as e:  # these responses are made up, and a reward may hold what cannot be copied
+        return [
+            f"the reward was not tried on references and empty responses: {(str(e).splitlines() or [type(e).__name__])[0]}"
+        ]
     assert scored.scores is not None
     scores = scored.scores.double().cpu()
     if isinstance(reward, Constant):

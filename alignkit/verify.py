@@ -20,7 +20,11 @@ from alignkit.feedback import TOTALS
 from alignkit.signature import settings_of
 
 CLOCK = ("seconds", "peak_mb", "share/", "tokens_per_second", "step_seconds")  # by the clock, or the process's memory
-STARTS = ("resumes", "directory")  # of result.json: how often, and where
+STARTS = (
+    "resumes",
+    "directory",
+    "unread",
+)  # of result.json: how often, where, and what a run alone says that was not resumed
 LOADED = (
     "is_local",
     "local_files_only",
@@ -56,7 +60,7 @@ def main(words: list[str]) -> int:
             rest.append(word)
             continue
         value = value or next(left, "")
-        if not value.isdigit():
+        if not value.isdecimal():
             raise UserError(f"{flag}: give a number, as in {flag} {numbers[flag]}.")
         numbers[flag] = int(value)
     return run(rest, numbers["--steps"], numbers["--more"])
@@ -183,7 +187,7 @@ def _small(cfg: DictConfig, words: list[str], steps: int, more: int) -> list[str
 def _start(words: list[str], directory: Path, log: str) -> subprocess.Popen[bytes]:
     """``alignkit train WORDS`` in ``directory``, as a process of its own that writes into ``log``."""
     place = [f"run.root={directory.parent}", f"run.dir={directory}"]
-    directory.parent.mkdir(exist_ok=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.parent / f"{log}.log", "wb") as out:
         return subprocess.Popen([sys.executable, "-m", "alignkit", "train", *words, *place], stdout=out, stderr=out)
 

@@ -25,7 +25,8 @@ BEGIN, END = "<!-- claims: written by scripts/claims_table.py -->\n", "<!-- end 
 def keep(file: Path) -> None:
     """Take the verdict of a claim into docs/claims."""
     record = json.loads(file.read_text(encoding="utf-8"))
-    if record["quick"]:
+    claim = load(record["claim"])
+    if record["quick"] or record["words"] or record["seeds"] != claim.seeds:
         raise SystemExit(f"{file}: a quick look is not kept. Measure it in full: alignkit claim {record['claim']}")
     del record["runs"]
     KEPT.mkdir(exist_ok=True)
@@ -42,10 +43,13 @@ def block() -> str:
             continue
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         found = {key: Found(**one) for key, one in record["checks"].items()}
-        if list(found) != list(claim.checks):
-            raise SystemExit(f"{file}: its checks are not those of conf/claim/{name}.yaml. Measure it anew.")
+        if (
+            record["definition"] != {key: vars(one) for key, one in claim.checks.items()}
+            or record["arms"] != claim.arms
+        ):
+            raise SystemExit(f"{file}: its checks or arms are not those of conf/claim/{name}.yaml. Measure it anew.")
         seeds = ", ".join(map(str, record["seeds"]))
-        by = f"`{' '.join(['alignkit claim', name, *record['words']])}`, seeds {seeds}, commit {', '.join(record['commits'])}."
+        by = f"`alignkit claim {name}`, seeds {seeds}, commit {', '.join(record['commits'])}."
         parts += [f"### {name}: {record['verdict']}", "", f"{claim.paper}. {by}", ""]
         parts += ["| " + " | ".join(cells) + " |" for cells in (list(HEAD), ["---"] * len(HEAD), *rows(claim, found))]
         parts += ["", *(line for note in notes(claim) for line in (note, ""))]

@@ -357,13 +357,13 @@ def _text(row: dict[str, Any], name: str) -> str:
 
 
 def _summary(tables: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """The families' residuals and scatters, and how well accuracy (on the fewest responses, on all) goes with NDR."""
+    """The families' residuals and scatters, and how well accuracy (on the fewest responses, on all, on all of fewer prompts) goes with NDR."""
     chosen = {
         f"{m}/{r['family']}/{r['optimiser']}": (r, m) for m in ("residual", "scatter") for r in tables["families"]
     }
     sizes = [r["measure"] for r in tables["correlations"] if r["measure"].startswith("responses_")]
     chosen |= {
         f"{m}/{r['measure']}/{r['optimiser']}": (r, m)
-        for m in ("kendall", "spearman") for r in tables["correlations"] if r["measure"] in (sizes[0], sizes[-1])
+        for m in ("kendall", "spearman") for r in tables["correlations"] if r["measure"] in (sizes[0], sizes[-1], sizes[-1].replace("responses", "budget"))
     }  # fmt: skip
     return {k: {"value": r[m], "low": r[f"{m}_low"], "high": r[f"{m}_high"]} for k, (r, m) in chosen.items()}

@@ -39,7 +39,9 @@ def test_two_stages_keep_less_the_more_so_the_longer(found: dict[str, Any]) -> N
     assert found["summary"]["share/12"]["value"] == pytest.approx(long["two_stages"] / long["single_stage"])
     # a single stage keeps a copy of the cache a token: eight more tokens cost more the longer it is already
     assert longest["single_stage"] - long["single_stage"] > long["single_stage"] - short["single_stage"]
-    assert longest["two_stages"] - long["two_stages"] == pytest.approx(long["two_stages"] - short["two_stages"], rel=0.05)
+    assert longest["two_stages"] - long["two_stages"] == pytest.approx(
+        long["two_stages"] - short["two_stages"], rel=0.05
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
