@@ -73,8 +73,28 @@ def test_a_control_that_has_the_effect_refutes_the_claim() -> None:
     refuted = claim.measure(check(control="dummy"), results(dummy=[2.0, 2.1, 1.9], **arms), 3)
     assert refuted.verdict == "FAIL" and "without the idea" in refuted.why
     stands = claim.measure(check(control="dummy"), results(dummy=[1.0, 1.2, 0.8], **arms), 3)
-    assert stands.verdict == "PASS" and "does not show it" in stands.why
+    assert stands.verdict == "PASS" and "has less of it" in stands.why
     assert claim.measure(check(control="dummy"), results(dummy=[], **arms), 3).verdict == "INCONCLUSIVE"
+    # 9, −5, 8 less 1: the control's interval holds 0, and its lead over the idea too: it may be as good, or better
+    noisy = claim.measure(check(control="dummy"), results(dummy=[9.0, -5.0, 8.0], **arms), 3)
+    assert noisy.verdict == "INCONCLUSIVE" and "may have as much of it" in noisy.why
+    uneven = results(dummy=[1.0, 1.2, 0.8], **arms)
+    uneven["dummy"][2]["steps"] = 12
+    told = claim.measure(check(control="dummy", budget="steps"), uneven, 3)
+    assert (
+        told.verdict == "INCONCLUSIVE"
+        and "the control: unequal budgets, seed 2: steps is 12 of dummy, 10 of old" in told.why
+    )
+
+
+def test_what_is_not_finite_is_missing() -> None:
+    found = claim.measure(check(), results(new=[3.0, math.nan, math.inf], old=[1.0, 1.0, 1.0]), 3)
+    assert found.verdict == "INCONCLUSIVE" and found.effects == [2.0]
+
+
+def test_seeds_that_do_not_differ_are_said() -> None:
+    found = claim.measure(check(), results(new=[2.0, 2.0], old=[1.0, 1.0]), 2)
+    assert found.verdict == "PASS" and "the seeds do not differ" in found.why
 
 
 def test_unequal_budgets_decide_nothing() -> None:
@@ -198,7 +218,26 @@ def test_the_command_runs_what_is_missing_and_exits_by_the_verdict(
     assert left.value.code == 2
     again = capsys.readouterr()
     assert again.out.count("is finished; nothing to do") == 2  # seed 0 of both arms
-    assert "# tiny: INCONCLUSIVE" in again.out
+    assert "# tiny: INCONCLUSIVE (quick: no verdict to quote)" in again.out
+    assert "This was a quick look" in (tmp_path / "runs" / "claims" / "tiny-quick" / "claim.html").read_text(
+        encoding="utf-8"
+    )
+    with pytest.raises(SystemExit) as left:  # other words: beside the verdict, not in its place
+        main([*words, "--seeds", "0", "1", "algo.lr=0.01"])
+    beside = [p.name for p in (tmp_path / "runs" / "claims").iterdir()]
+    assert len(beside) == 3 and json.loads((tmp_path / "runs" / "claims" / "tiny" / "claim.json").read_text())[
+        "seeds"
+    ] == [0, 1, 2]
+
+
+def test_an_arm_that_cannot_be_composed_is_refused_before_any_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {**TINY["arms"], "short": ["+algo=sft", "algo.lrr=1"]}
+    with pytest.raises(SystemExit) as left:
+        main(["claim", "tiny", "--config-dir", str(place(tmp_path, arms=arms)), f"run.root={tmp_path}/runs"])
+    assert left.value.code == 2
+    assert "arms.short: algo.lrr" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_an_arm_that_fails_leaves_the_claim_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +291,11 @@ def test_docs_hold_the_verdicts_as_they_were_measured() -> None:
             and record["words"] == []
             and len(record["commits"]) >= 1
         )
-        for key, one in record["checks"].items():  # the verdict follows from the effects that are kept
+        assert (
+            record["definition"] == {key: vars(one) for key, one in found.checks.items()}
+            and record["arms"] == found.arms
+        )
+        for key, one in record["checks"].items():
             again = claim.interval(one["effects"], found.checks[key].effect)
             assert again == pytest.approx((one["mean"], one["low"], one["high"]))
 
