@@ -20,7 +20,7 @@ import yaml
 
 from alignkit import config
 from alignkit.config import conf_dir
-from alignkit.errors import UserError, suggest
+from alignkit.errors import Stopped, UserError, suggest
 from alignkit.files import write_atomically
 from alignkit.report.stats import t_quantile
 
@@ -139,23 +139,27 @@ def _refuse(claim: Claim, file: Path) -> None:
 # ---- running --------------------------------------------------------------------------------------------------------
 
 
-def runs(claim: Claim, seeds: list[int], root: str, words: list[str]) -> dict[str, dict[int, dict[str, Any]]]:
+def runs(
+    claim: Claim, seeds: list[int], root: str, words: list[str], extra: list[Path]
+) -> dict[str, dict[int, dict[str, Any]]]:
     """Arm → seed → result, of runs that are finished before or now; one that fails is said and left out."""
     found: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in claim.arms}
     for seed in seeds:
         for arm, own in claim.arms.items():
             print(f"== {claim.name}: {arm}, seed {seed}", file=sys.stderr, flush=True)
             try:
-                found[arm][seed] = _one([*own, *claim.words, *words, f"seed={seed}", f"run.root={root}"])
+                found[arm][seed] = _one([*own, *claim.words, *words, f"seed={seed}", f"run.root={root}"], extra)
             except UserError as e:
                 print(f"error: {arm}, seed {seed}: {e}", file=sys.stderr, flush=True)
+            except Stopped as e:
+                raise Stopped(f"{e} Repeat the command: what is finished is not run again.") from None
             except Exception as e:  # a fault of ours, or of a reward, ends this run and not the hours before it
                 traceback.print_exc()
                 print(f"error: {arm}, seed {seed}: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
     return found
 
 
-def refuse(claim: Claim, words: list[str]) -> None:
+def refuse(claim: Claim, words: list[str], extra: list[Path]) -> None:
     """Compose every arm and compare it with what its classes accept, before the first is run.
 
     Raises:
@@ -163,19 +167,19 @@ def refuse(claim: Claim, words: list[str]) -> None:
     """
     for arm, own in claim.arms.items():
         try:
-            _composed([*own, *claim.words, *words], config.check)
+            _composed([*own, *claim.words, *words], extra, config.check)
         except UserError as e:
             raise UserError(f"arms.{arm}: {e}") from None
 
 
-def _one(words: list[str]) -> dict[str, Any]:
+def _one(words: list[str], extra: list[Path]) -> dict[str, Any]:
     from alignkit.launch import launch
 
-    found: dict[str, Any] = _composed(words, launch)
+    found: dict[str, Any] = _composed(words, extra, launch)
     return found
 
 
-def _composed(words: list[str], then: Callable[[Any], Any]) -> Any:
+def _composed(words: list[str], extra: list[Path], then: Callable[[Any], Any]) -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -184,9 +188,12 @@ def _composed(words: list[str], then: Callable[[Any], Any]) -> Any:
     from alignkit.config import register
 
     register()
+    places = [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in extra)}]"]
     try:
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-            return then(compose("config", hydra_words(words)))
+            given = [word for folder in extra for word in ("--config-dir", str(folder))]
+            words = [*hydra_words([*given, *words])[len(given) :], *(places if extra else [])]
+            return then(compose("config", words))
     except (HydraException, OmegaConfBaseException) as e:
         raise UserError(str(e).splitlines()[0]) from None
 
@@ -411,8 +418,9 @@ def run(name: str, *, quick: bool, seeds: list[int] | None, root: str, words: li
     """Measure a claim, write ``claim.html``, ``claim.md`` and ``claim.json`` below the root, print the table; the exit code."""
     claim = load(name, extra)
     seeds = seeds or (claim.quick_seeds if quick else claim.seeds)
-    refuse(claim, [*(claim.quick if quick else []), *words])
-    results = runs(claim, seeds, root, [*(claim.quick if quick else []), *words])
+    behind = [*(claim.quick if quick else []), *words]
+    refuse(claim, behind, extra)
+    results = runs(claim, seeds, root, behind, extra)
     found = {key: measure(check, results, len(seeds)) for key, check in claim.checks.items()}
     own = name + ("-quick" if quick else "")
     if words or seeds != (claim.quick_seeds if quick else claim.seeds):  # not the claim as it stands: beside it

@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         _dispatch(words)
     except UserError as e:
         _leave(f"error: {e}", 2)
+    except Stopped as e:
+        _leave(f"\n{e}", 130)
     except BrokenPipeError:
         sys.stderr.close()
 
@@ -89,7 +91,9 @@ def _dispatch(words: list[str]) -> None:
         print("\nwhat is wrong:\n" + "\n".join(f"  - {line}" for line in wrong) if wrong else "\nnothing is wrong.")
         sys.exit(1 if wrong else 0)
     elif verb in VERBS:  # a module of its own, whose ``main`` takes the words and gives the exit code
-        sys.exit(importlib.import_module(f"alignkit.{MODULES.get(verb, verb)}").main(rest))
+        code = importlib.import_module(f"alignkit.{MODULES.get(verb, verb)}").main(rest)
+        if code:
+            sys.exit(code)
     else:
         raise UserError(f"'{verb}' is not a command.{suggest(verb, VERBS)}")
 

@@ -237,7 +237,8 @@ def test_an_arm_that_cannot_be_composed_is_refused_before_any_is_run(
     with pytest.raises(SystemExit) as left:
         main(["claim", "tiny", "--config-dir", str(place(tmp_path, arms=arms)), f"run.root={tmp_path}/runs"])
     assert left.value.code == 2
-    assert "arms.short: algo.lrr" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    told = capsys.readouterr().err
+    assert "arms.short:" in told and "algo.lrr: unknown" in told and not (tmp_path / "runs").exists()
 
 
 def test_an_arm_that_fails_leaves_the_claim_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,19 +252,15 @@ def test_an_arm_that_fails_leaves_the_claim_open(tmp_path: Path, capsys: pytest.
 
 def test_a_fault_in_one_arm_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A class of one's own that raises what nobody foresaw."""
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "faulty.yaml").write_text("_target_: faulty.Faulty\n", encoding="utf-8")
     (tmp_path / "faulty.py").write_text(
         "class Faulty:\n    def __call__(self, batch):\n        raise ZeroDivisionError('of its own')\n",
         encoding="utf-8",
     )
     arms = {
         "short": ["+algo=sft", "algo.steps=2"],
-        "long": [
-            "+algo=reinforce",
-            "algo.steps=2",
-            "reward._target_=faulty.Faulty",
-            "~reward.parts",
-            "~reward.weights",
-        ],
+        "long": ["+algo=reinforce", "algo.steps=2", "reward=faulty"],
     }
     changes = {"arms": arms, "seeds": [0], "words": ["data=rnnlg", *SMALL_SEQ2SEQ, *SMALL_RUN, "evaluate.every=0"]}
     with pytest.raises(SystemExit) as left:

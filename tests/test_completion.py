@@ -136,7 +136,7 @@ def test_it_answers_at_once(tmp_path: Path) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     imports = {line.rpartition("|")[2].strip() for line in done.stderr.split("\n") if line.startswith("import time:")}
     assert done.stdout == "algo.k_max=\nalgo.k_min=\n"
-    assert "alignkit.completion" in imports and not imports & {"torch", "hydra", "transformers"}
+    assert "alignkit.catalog" in imports and not imports & {"torch", "hydra", "transformers"}
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.6  # 0.15 on an idle machine
 
 

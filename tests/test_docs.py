@@ -6,11 +6,13 @@ import io
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from running import SMALL_RL, composed, train
@@ -85,12 +87,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-a-test")
-    return place
+    yield place
+    HydraConfig.instance().cfg = None  # a process has one job; what comes here next is no part of it
 
 
 @cache
@@ -121,7 +124,7 @@ def checked(words: list[str]) -> None:
     """
     left_out = "…" in words
     words = [w.replace("…", "x") for w in words if w != "…"]
-    words = words[: words.index("--cfg")] if "--cfg" in words else words
+    words = words[: words.index("--cfg")] if "--cfg" in words else [w for w in words if w != "--dry-run"]
     if "--config-dir" in words:  # needs Hydra's own search path
         out = io.StringIO()
         with redirect_stdout(out):
@@ -159,6 +162,10 @@ def tried(line: str, root: Path) -> str:
     if verb == "evaluate":
         known = any(w.startswith("data=") for w in rest)
         checked(evaluate_words(rest if known else [*rest, "data=rnnlg"]))
+        return "checked"
+    if verb == "verify-resume":
+        flags = {i + j for i, w in enumerate(rest) if w in ("--steps", "--more") for j in (0, 1)}
+        checked([w for i, w in enumerate(rest) if i not in flags])
         return "checked"
     if verb == "claim":
         names = catalog.options("claim")
@@ -214,6 +221,8 @@ def test_every_fence_of_commands_is_read() -> None:
         ("alignkit evalute runs/RUN", "'evalute' is not a command"),
         ("alignkit show nosuch", "'nosuch' is neither a method"),
         ("alignkit claim nosuch", "no such claim"),
+        ("alignkit verify-resume +algo=esrl algo.kk=3 --steps 2", "algo.kk: unknown"),
+        ("alignkit explain algo.kk +algo=esrl", "algo.kk"),
         ("alignkit report runs --nosuch", "unrecognized arguments: --nosuch"),
         ("alignkit train --config-dir ./mine +algo=my_methd", "there is no such algo"),
         ("alignkit from-trl dpo.yaml --trainer nosuch", "no such trainer"),

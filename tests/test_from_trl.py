@@ -411,5 +411,5 @@ def test_it_answers_at_once(tmp_path: Path) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     imports = {line.rpartition("|")[2].strip() for line in done.stderr.split("\n") if line.startswith("import time:")}
     assert done.returncode == 0 and done.stdout.startswith("alignkit train +algo=sft ")
-    assert "alignkit.from_trl" in imports and not imports & {"torch", "trl", "transformers", "hydra"}
+    assert "alignkit.catalog" in imports and not imports & {"torch", "trl", "transformers", "hydra"}
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
