@@ -22,6 +22,7 @@ from alignkit.data import Row
 from alignkit.errors import UserError
 from alignkit.policy import Policy
 from alignkit.rewards import Reward, judged, of_texts
+from alignkit.rewards.mix import Mix
 from alignkit.rewards.rule import Constant
 from alignkit.verify import saved
 
@@ -233,7 +234,7 @@ def ask(reward: Reward, rows: list[Row], policy: Policy | None = None) -> list[s
     batch = of_texts(given) if policy is None else policy.demonstrations(given)
     try:
         with _random_numbers_kept():
-            scored = judged(copy.deepcopy(reward), batch.with_(rows=[row for row, _ in asked]))
+            scored = judged(_copied(reward), batch.with_(rows=[row for row, _ in asked]))
     except Exception as e:  # these responses are made up, and a reward may hold what cannot be copied
         return [
             f"the reward was not tried on references and empty responses: {(str(e).splitlines() or [type(e).__name__])[0]}"
@@ -258,6 +259,15 @@ def ask(reward: Reward, rows: list[Row], policy: Policy | None = None) -> list[s
             "more: is its sign right?"
         ]
     return []
+
+
+def _copied(reward: Reward) -> Reward:
+    """One to ask without a trace: alignkit's own rewards keep no state, those of others may."""
+    if isinstance(reward, Mix):
+        mixed = copy.copy(reward)
+        mixed.rewards = {name: _copied(part) for name, part in reward.rewards.items()}
+        return mixed
+    return reward if type(reward).__module__.startswith("alignkit.") else copy.deepcopy(reward)
 
 
 def _reference(row: Row) -> str | None:

@@ -21,6 +21,7 @@ from alignkit import preflight
 from alignkit.data import Data
 from alignkit.errors import UserError
 from alignkit.policy import Policy, load
+from alignkit.rewards.mix import Mix
 from alignkit.rewards.rule import Constant, Length
 from alignkit.run import hash_weights
 from alignkit.verify import without_clock
@@ -275,13 +276,19 @@ def test_responses_that_are_all_cut_are_told(tmp_path: Path, capsys: pytest.Capt
 
 
 class OfText:
-    """A reward that is a function of (row, response), and counts its calls."""
+    """A reward that is a function of (row, response), and counts its calls, those of its copies too."""
 
     def __init__(self, of: Any) -> None:
-        self.of, self.calls, self.asked = of, 0, 0
+        self.of, self.own, self.asked = of, 0, []  # type: ignore[var-annotated]
+
+    def __deepcopy__(self, memo: Any) -> OfText:
+        copied = OfText(self.of)
+        copied.asked = self.asked
+        return copied
 
     def __call__(self, batch: Any) -> list[float]:
-        self.calls, self.asked = self.calls + 1, self.asked + len(batch)
+        self.own += 1
+        self.asked.append(len(batch))
         return [self.of(row, text) for row, text in zip(batch.rows, batch.responses, strict=True)]
 
 
@@ -292,7 +299,10 @@ def hit(row: Any, text: str) -> float:
 def test_a_reward_that_knows_its_references_is_silent_and_asked_once(policy: Policy, rows: Any) -> None:
     reward = OfText(hit)
     assert preflight.ask(reward, rows(30), policy) == []
-    assert (reward.calls, reward.asked) == (1, 24)  # 8 rows: own reference, another's, nothing
+    assert reward.asked == [24]  # 8 rows: own reference, another's, nothing
+    assert reward.own == 0  # it was a copy: one that counts is as it was
+    mixed = Mix(rewards={"a": reward, "b": Constant()}, weights={"a": 1.0, "b": 1.0})
+    assert preflight.ask(mixed, rows(30), policy) == [] and reward.own == 0 and reward.asked == [24, 24]
     assert preflight.ask(OfText(hit), rows(30)) == []  # without a policy: texts alone
 
 
@@ -301,10 +311,13 @@ def test_what_a_reward_gets_wrong(policy: Policy, rows: Any) -> None:
     assert "the reward gives 0.25 to all of 18 responses" in found
     (found,) = preflight.ask(OfText(lambda row, text: -hit(row, text)), rows(6), policy)
     assert "gives references -1 in the mean and references of other rows 0, more: is its sign right?" in found
-    with pytest.raises(UserError, match=r"the reward of row 0 is nan, response ''"):
-        preflight.ask(OfText(lambda row, text: 1.0 if text else float("nan")), rows(6), policy)
-    with pytest.raises(UserError, match=r"the reward gave scores of shape \(1,\) for 18 responses"):
-        preflight.ask(lambda batch: [1.0], rows(6), policy)  # type: ignore[arg-type,return-value]
+    # made-up responses: what the reward cannot do with them need not be a fault, and the run goes on
+    (found,) = preflight.ask(OfText(lambda row, text: 1.0 if text else float("nan")), rows(6), policy)
+    assert "was not tried on references and empty responses: the reward of row 0 is nan, response ''" in found
+    (found,) = preflight.ask(OfText(lambda row, text: 1 / len(text)), rows(6), policy)
+    assert "was not tried on references and empty responses: division by zero" in found
+    (found,) = preflight.ask(lambda batch: [1.0], rows(6), policy)  # type: ignore[arg-type,return-value]
+    assert "the reward gave scores of shape (1,) for 18 responses" in found
 
 
 def test_a_control_is_one_quiet_line_and_length_none(policy: Policy, rows: Any) -> None:
