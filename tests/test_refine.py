@@ -169,7 +169,7 @@ def test_columns_of_the_data_are_no_scores_of_the_run(tmp_path: Path, own: Path,
     """The rows have a `source` and a text in `score`; best of n has scores of its own, and no rounds."""
     result, run = train(
         tmp_path, "+algo=best_of_n", "data=custom", f"data.train={own}/rows.jsonl", "data.response=null", *SMALL_CAUSAL,
-        *QUIET, "reward=length", "reward._target_=own_parts.Length",  "algo.n=3", "algo.max_new_tokens=6",
+        *QUIET, "reward=length", "reward._target_=own_parts.Length", "algo.n=3", "algo.max_new_tokens=6",
     )  # fmt: skip
     assert set(result["scores"]) == {"score"} and result["scores"]["score"]["n"] == 8
     found = lines(run / "data.jsonl")
@@ -228,7 +228,7 @@ def test_what_is_sampled_does_not_depend_on_where_a_run_broke_off(
     """Stopped at once in the third part: the rows are those of an unbroken run, bit for bit."""
     words = [
         "train", "+algo=best_of_n", "data=custom", f"data.train={own}/rows.jsonl", "data.response=null", *SMALL_CAUSAL,
-        *QUIET, "reward=length", "reward._target_=own_parts.Length",  "algo.n=3", "algo.max_new_tokens=6",
+        *QUIET, "run.preflight=false", "reward=length", "reward._target_=own_parts.Length",  "algo.n=3", "algo.max_new_tokens=6",
         "algo.rows_per_part=2",
     ]  # fmt: skip
     assert cli(*words, "run.dir=whole")[0] == 0

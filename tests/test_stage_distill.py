@@ -84,7 +84,15 @@ def test_labels_alone_are_plain_fine_tuning_bit_for_bit(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(Run, "draw", recorded)
     words = words_of(tmp_path / "d", None, hidden_dropout_prob=0.1)
-    _, run = train(tmp_path, "+algo=finetune", *words, *LAST, "algo.schedule=constant", "algo.max_grad_norm=0.5")
+    _, run = train(
+        tmp_path,
+        "+algo=finetune",
+        *words,
+        *LAST,
+        "algo.schedule=constant",
+        "algo.max_grad_norm=0.5",
+        "run.preflight=false",
+    )
 
     texts = [t for r in rows_of(24) for t in (r["prompt"], r["response"])]
     cfg = Model(config={**BERT, "hidden_dropout_prob": 0.1}, vocab_size=300, device="cpu")

@@ -287,7 +287,7 @@ def test_a_student_is_distilled_with_what_was_learned(tmp_path: Path, words: lis
     draw = Run.draw
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Run, "draw", lambda self, *args: drawn.append(draw(self, *args)) or drawn[-1])
-        one, first = train(tmp_path, "+algo=selected", f"algo.selector={run}", *words, *last)
+        one, first = train(tmp_path, "+algo=selected", f"algo.selector={run}", *words, *last, "run.preflight=false")
     other, _ = train(tmp_path, "+algo=selected", f"algo.selector={run}/final", *words, *last)
     assert one["weights_sha256"] == other["weights_sha256"]
 

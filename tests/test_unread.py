@@ -51,6 +51,7 @@ TINY = {  # stage → words of a run of seconds
 RIGHTLY = {  # what the shipped files set for other cases than the shipped one: an alarm is no false one
     "judge": {"model.path"},  # it reads outputs
     "ndr": {"model.path"},
+    "sampling_memory": {"model.path"},
     "self_rank": {"algo.max_feedback_tokens"},  # is for score=critique
     "srt_collect": {"algo.prompt.version"},  # a mark for readers
 }
@@ -94,6 +95,7 @@ def tiny(name: str, stage: str, made: dict[str, str]) -> list[str]:
         "srt": [*TINY["sft"], f"data.train={made['criticised']}", f"data.test={made['criticised']}"],
         "srt_self": [f"model.path={made['critical']}", f"data.train={made['prompts']}"],
         "judge": ["data=rnnlg", "reward=chrf", f"algo.outputs={{a: {made['outputs']}, b: {made['outputs']}}}"],
+        "sampling_memory": ["algo.lengths=[4]", "algo.prompts=2"],
         "ksm": [*TINY["select"], teacher, "algo.episodes=2", "algo.updates=2", "algo.hidden=8"],
         "constant_grid": [*TINY["select"], teacher, "algo.grid=[[1,1,1,1]]"],
         "selected": [*TINY["distill"], teacher, f"algo.selector={made['selector']}"],

@@ -36,6 +36,7 @@ OWN = {
     "selected": [*STUDENT, "algo.teacher={teacher}", "algo.selector={selector}"],
     "constant_grid": [*STUDENT, "algo.teacher={teacher}", GRID],
     "ndr": ["algo.prompts=20", "algo.models=4", "algo.resamples=20"],
+    "sampling_memory": ["algo.lengths=[4,200]"],
     "judge": ["data=lists", "reward=list_score", "algo.outputs={{a: {answers}, b: {answers}}}", "evaluate.rows=8"],
     "srt_self": ["run.threads=1", "algo.max_new_tokens=8", "algo.max_feedback_tokens=16"],
 }  # fmt: skip
