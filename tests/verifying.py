@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
+from critical import PROMPTS, critical_policy
 from omegaconf import OmegaConf
 from running import SMALL_CAUSAL, SMALL_RL, SMALL_RUN, SMALL_SEQ2SEQ, SMALL_SFT, train
 
@@ -29,7 +31,7 @@ OWN = {
     "rm_regression": [*SHORT, "algo.batch_size=8"],
     "pairwise_rm": [*SHORT, *SMALL_CAUSAL, "algo.batch_size=8"],
     "sft": [*SHORT, *SMALL_SEQ2SEQ, "data=rnnlg", "algo.batch_size=8"],
-    "srt": [*SHORT, *SMALL_CAUSAL, "algo.batch_size=4", "evaluate.protocol=plain"],
+    "srt": [*SHORT, *SMALL_CAUSAL, "algo.batch_size=4", "data.train={criticised}", "data.test={criticised}", "evaluate.protocol=plain"],
     "inverse_value": [*SHORT, *SMALL_CAUSAL, "data=rnnlg", "algo.batch_size=8", "algo.base={base}"],
     "finetune": STUDENT,
     "on_policy_kd": [*SHORT, "algo.batch_size=4", "algo.teacher=bundled:translation", "model.layers=1"],
@@ -38,7 +40,7 @@ OWN = {
     "ndr": ["algo.prompts=20", "algo.models=4", "algo.resamples=20"],
     "sampling_memory": ["algo.lengths=[4,200]"],
     "judge": ["data=lists", "reward=list_score", "algo.outputs={{a: {answers}, b: {answers}}}", "evaluate.rows=8"],
-    "srt_self": ["run.threads=1", "algo.max_new_tokens=8", "algo.max_feedback_tokens=16"],
+    "srt_self": ["run.threads=1", "model.path={critical}", "data.train={prompts}"],
 }  # fmt: skip
 STAGES = {"rl": [*SMALL_RL, *SMALL_CAUSAL], "pref": PREF, "rm": ENCODER, "refine": REFINE}
 
@@ -62,7 +64,15 @@ def words_of(name: str, made: Path) -> list[str]:
 
 
 def _filled(word: str, made: Path) -> str:
-    for key, make in (("base", _base), ("teacher", _teacher), ("selector", _selector), ("answers", _answers)):
+    for key, make in (
+        ("base", _base),
+        ("teacher", _teacher),
+        ("selector", _selector),
+        ("answers", _answers),
+        ("criticised", _criticised),
+        ("critical", _critical),
+        ("prompts", _prompts),
+    ):
         if f"{{{key}}}" in word:
             word = word.replace(f"{{{key}}}", str(make(made)))
     return word.replace("{{", "{").replace("}}", "}")
@@ -82,6 +92,25 @@ def _teacher(made: Path) -> Path:
 def _selector(made: Path) -> Path:
     words = [*STUDENT, f"algo.teacher={_teacher(made)}", GRID, "algo.steps=2", "algo.phases=1", "algo.warmup=0"]
     return train(made, "+algo=constant_grid", *words)[1]
+
+
+@cache
+def _criticised(made: Path) -> Path:
+    return train(made, "+algo=srt_collect", "data.limit=8", "run.wandb=disabled", *REFINE)[1]
+
+
+@cache
+def _critical(made: Path) -> Path:
+    critical_policy().save(made / "critical")
+    return made / "critical"
+
+
+@cache
+def _prompts(made: Path) -> Path:
+    """Enough rows for four parts: the dialogues that the model knows, again and again."""
+    rows = [{"prompt": prompt, "response": "1"} for prompt in PROMPTS * 8]
+    (made / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return made / "prompts.jsonl"
 
 
 @cache

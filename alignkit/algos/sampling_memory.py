@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -75,16 +74,14 @@ class SamplingMemory:
     def _row(self, policy: Policy, batch: Batch, seed: int) -> dict[str, Any]:
         uniform = torch.rand(batch.response_ids.shape, generator=torch.Generator().manual_seed(seed))
         ways = {"single_stage": lambda b: single_stage(policy, b, uniform), "two_stages": policy.forward}
-        kept, seconds, gradients = {}, {}, {}
+        kept, gradients = {}, {}
         for way, forward in ways.items():
             policy.model.zero_grad(set_to_none=True)
-            start = time.perf_counter()
             kept[way], gradients[way] = backward(policy, batch, forward)
-            seconds[f"seconds, {way}"] = time.perf_counter() - start
         one, two = gradients.values()
         return {
             "length": batch.response_ids.shape[1], **kept, "share": kept["two_stages"] / kept["single_stage"],
-            "gradients_differ_by": f"{float((one - two).norm() / two.norm()):.1e}", **seconds,
+            "gradients_differ_by": f"{float((one - two).norm() / two.norm()):.1e}",
         }  # fmt: skip
 
 
