@@ -86,6 +86,17 @@ class Batch:
                 picked[f.name] = value
         return Batch(**picked)._trim()
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        moved: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                moved[f.name] = value.to(device)
+            elif isinstance(value, dict):
+                moved[f.name] = {k: v.to(device) for k, v in value.items()}
+        return replace(self, **moved)
+
     def drawn(self) -> Batch:
         """Without the rows that are no samples: ``extra["given"]`` (B,) bool, where a method adds references or greedy ones."""
         given = self.extra.get("given")

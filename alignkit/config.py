@@ -138,6 +138,10 @@ class RunSettings:
     samples_every: int = 50  # steps between entries in samples.jsonl; 0: never
     wandb: str = "auto"  # auto (online with a key, else offline) | online | offline | disabled
     project: str = "alignkit"  # wandb project
+    processes: int = 1  # of this machine that share the work; several machines: torchrun or accelerate launch
+    patience: float | None = (
+        1800  # with several processes: seconds a phase may take before its stacks are written and it ends
+    )
     threads: int | None = None  # CPU threads; null: torch's choice. Resume is exact for an equal count
     concurrency: int = 16  # requests to an endpoint at the same time
     budget: float | None = None  # what requests to endpoints may cost, by the critic's prices; then the run stops

@@ -56,6 +56,7 @@ def decode(
     pad: int,
     temperature: Tensor | None = None,
     generator: torch.Generator | None = None,
+    among: tuple[int, int] | None = None,
 ) -> Decoded:
     """Draw ``counts[i]`` responses to prompt i: R = counts.sum() rows, those of one prompt adjacent.
 
@@ -65,11 +66,13 @@ def decode(
         temperature: (B,) per prompt; None: 1.
         generator: one uniform number per row and step is drawn up front, so the result does not depend on
             which rows have finished.
+        among: (first, all): these R rows are those from ``first`` on of so many, the others being drawn elsewhere.
     """
     device, steps = counts.device, how.max_new_tokens
     rows = int(counts.sum())
     owner = torch.arange(len(counts), device=device).repeat_interleave(counts)
-    uniform = None if how.greedy else torch.rand(rows, steps, generator=generator).to(device)
+    first, drawn = among or (0, rows)
+    uniform = None if how.greedy else torch.rand(drawn, steps, generator=generator)[first : first + rows].to(device)
     tau = None if temperature is None or bool((temperature == 1).all()) else temperature.to(device)[owner, None]
 
     state.expect(steps)

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from alignkit import feedback
+from alignkit import feedback, processes
 from alignkit.config import check, same_settings, same_sources
 from alignkit.data import Data, Row, hash_source, overlap, read
 from alignkit.errors import UserError
@@ -31,6 +31,14 @@ EVALUATES = (
     "evaluate_classes",
     "judge",
 )  # stages that learn nothing: no training rows are read, and they are done again
+SHARED = (
+    "sft",
+    "pref",
+    "rm",
+    "rl",
+    "distill",
+    "evaluate",
+)  # stages whose passes through the model several processes share
 MODELS = (  # settings that may name the folder of a model or a run
     "model.path", "model.steer.value", "model.steer.minus", "algo.critic.model", "algo.teacher", "algo.selector",
 )  # fmt: skip
@@ -43,6 +51,8 @@ def launch(cfg: DictConfig) -> dict[str, Any]:
     an unfinished run is gone on with. Nothing heavy is imported before the configuration and the data are checked.
     """
     check(cfg)
+    if processes.several():
+        return take_part(cfg)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     data = None if cfg.stage in ("pipeline", "study") else _build(cfg.data, "data")
@@ -65,7 +75,44 @@ def launch(cfg: DictConfig) -> dict[str, Any]:
             from alignkit.stages import pipeline
 
             return pipeline.run(cfg)
+        if cfg.run.processes > 1 and cfg.stage in SHARED:
+            processes.run(cfg, cfg.run.processes)
+            finished: dict[str, Any] = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+            return finished
+        if cfg.run.processes > 1:
+            print(f"run.processes={cfg.run.processes}: stage {cfg.stage} runs in one process.", file=sys.stderr)
         return _run(cfg, data)
+
+
+def take_part(cfg: DictConfig) -> dict[str, Any]:
+    """Be one of the processes that torchrun or accelerate has started; what the first one finds.
+
+    Raises:
+        UserError: a stage whose work cannot be shared out.
+    """
+    if cfg.stage not in SHARED:
+        raise UserError(f"stage {cfg.stage} runs in one process. Start it without torchrun or accelerate.")
+    from alignkit import ranks
+
+    directory = Path(cfg.run.dir)
+    with ranks.joined(cfg.run.patience), locked(directory) if ranks.first() else nullcontext():
+        if ranks.first() and cfg.run.overwrite:
+            _clear(directory)
+        data = _build(cfg.data, "data")
+        ranks.barrier()
+        done = ranks.agreed(_finished(cfg, directory, data))
+        if done is None:
+            return _run(cfg, data)
+        print(f"{directory} is finished; nothing to do. Start anew with run.overwrite=true.")
+        return done
+
+
+def share_in(cfg: DictConfig) -> None:
+    """Be one of the processes that ``launch`` has started; it holds the lock and has looked at what is there."""
+    from alignkit import ranks
+
+    with ranks.joined(cfg.run.patience):
+        _run(cfg, _build(cfg.data, "data"))
 
 
 def _record_composition(cfg: DictConfig, folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from alignkit import ops
+from alignkit import ops, ranks
 from alignkit.batch import Batch
 from alignkit.config import Model
 from alignkit.critic import ValueModel
@@ -64,7 +64,39 @@ class Policy(Reader):
         Raises:
             UserError: no room for so many tokens, or ``begun`` for an encoder–decoder model.
         """
-        counts = torch.tensor([n] * len(rows) if isinstance(n, int) else n)
+        counts = [n] * len(rows) if isinstance(n, int) else n
+        own = ranks.share(len(rows))
+        if ranks.size() == 1:
+            return self._draw(rows, counts, how, temperature, generator, begun, None)
+        among = (sum(counts[: own.start]), sum(counts))
+        part = slice(own.start, own.stop)
+        tau = None if temperature is None else temperature[part]
+        texts = None if begun is None else begun[part]
+        if not len(own) and not how.greedy:  # the others draw these numbers too, so every generator goes on alike
+            torch.rand(among[1], how.max_new_tokens, generator=generator)
+        drawn = ranks.each(
+            lambda: (
+                self._draw(rows[part], counts[part], how, tau, generator, texts, among)
+                .with_(rows=[])
+                .to(torch.device("cpu"))
+                if len(own)
+                else None
+            )
+        )
+        whole = Batch.stack([one for one in drawn if one is not None], left=not self.is_encoder_decoder)
+        owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
+        return whole.to(self.device).with_(rows=[rows[i] for i in owner.tolist()], group=owner.to(self.device))
+
+    def _draw(
+        self,
+        rows: list[Row],
+        counts: list[int],
+        how: Decode,
+        temperature: Tensor | None,
+        generator: torch.Generator | None,
+        begun: list[str] | None,
+        among: tuple[int, int] | None,
+    ) -> Batch:
         encoded = self.encode_prompts(rows)
         if begun is not None:
             encoded = [[*one, *more] for one, more in zip(encoded, self._beginnings(begun), strict=True)]
@@ -78,11 +110,11 @@ class Policy(Reader):
         with self._evaluating(), torch.no_grad():
             out = self._computed(
                 lambda: decode(
-                    self._state(rows, begun, prompt_ids, prompt_mask), counts.to(self.device), how,
-                    eos=self.eos, pad=self.pad, temperature=temperature, generator=generator,
+                    self._state(rows, begun, prompt_ids, prompt_mask), torch.tensor(counts, device=self.device), how,
+                    eos=self.eos, pad=self.pad, temperature=temperature, generator=generator, among=among,
                 )
             )  # fmt: skip
-        owner = torch.arange(len(rows)).repeat_interleave(counts)
+        owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
         index = owner.to(self.device)
         return Batch(
             prompt_ids=prompt_ids[index],

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file, save_model
 
-from alignkit import __version__, preflight
+from alignkit import __version__, preflight, ranks
 from alignkit.audit import Audit
 from alignkit.batch import Batch, Loss
 from alignkit.config import same_settings, same_sources, signature, whole
@@ -60,7 +61,9 @@ class Run:
         """``second``: the reward that the audit alone sees."""
         self.cfg = cfg
         self.audit = Audit(OmegaConf.to_object(cfg.audit), second)  # type: ignore[arg-type]
-        self.dir = Path(cfg.run.dir)
+        self.home = Path(cfg.run.dir)
+        # what every rank writes alike, the first one's is kept of
+        self.dir = self.home if ranks.first() else Path(tempfile.mkdtemp(prefix="alignkit-"))
         self.seed: int = cfg.seed
         self.ledger: dict[str, float] = {}
         self.resumes = 0
@@ -76,7 +79,7 @@ class Run:
         self._order: tuple[int, int, list[int]] = (-1, -1, [])
         _keep_freed_memory()
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = self._latest()
+        self.checkpoint = ranks.agreed(self._latest())
         begun = self._state_file()
         if begun.exists():
             self._read_state(begun, fingerprint)
@@ -84,12 +87,14 @@ class Run:
         self._drop_later_steps()
         self._start_record(fingerprint, command)
         self.progress = Progress(f"{cfg.name} s{cfg.seed}")
-        self.tracker = Tracker(cfg, self.dir)
+        self.tracker = Tracker(cfg, self.dir, on=ranks.first())
 
     def close(self) -> None:
         """Close the bar and the tracker, however the run ended."""
         self.progress.close()
         self.tracker.finish()
+        if self.dir != self.home:
+            shutil.rmtree(self.dir, ignore_errors=True)
 
     # ---- drawing -------------------------------------------------------------------------------------------
 
@@ -109,8 +114,8 @@ class Run:
         return torch.Generator().manual_seed(self._seed(step, purpose))
 
     def seed_globally(self, step: int) -> None:
-        """Seed torch's own generator, which dropout draws from."""
-        torch.manual_seed(self._seed(step, "global"))
+        """Seed torch's own generator, which dropout draws from, on each rank anew."""
+        torch.manual_seed(self._seed(step, "global" if ranks.first() else f"global/{ranks.rank()}"))
 
     def _seed(self, step: int, purpose: str) -> int:
         digest = hashlib.sha256(f"{self.seed}/{purpose}/{step}".encode()).digest()
@@ -131,6 +136,9 @@ class Run:
         adamw = torch.optim.AdamW(
             groups, lr=algo.lr, betas=tuple(algo.betas), weight_decay=algo.weight_decay, fused=True
         )
+        ranks.begin_alike(
+            [x for module in (policy.model, policy.critic, policy.beside) if module for x in _tensors(module)]
+        )
         if self.checkpoint and not fresh:
             adamw.load_state_dict(torch.load(self.checkpoint / "state" / "optimizer.pt", weights_only=True))
         return adamw
@@ -147,7 +155,7 @@ class Run:
 
         old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
         at = f"goes on after step {self.first_step} of {steps}" if self.first_step else f"{steps} steps"
-        self.progress.say(f"{self.dir}: {at}")
+        self.progress.say(f"{self.home}: {at}")
         self.progress.start(self.first_step, steps)
         try:
             yield
@@ -181,11 +189,13 @@ class Run:
             metrics = {**metrics, **self.look(done, held_out.decoded, "dev/"), **dev}
             better = bool(dev) and self._improved(done, held_out.selected(dev))
         self.log(done, metrics)
-        stopping = self.stop_asked  # read once: a signal between saving and stopping waits for the next step
+        stopping = ranks.any_of(
+            self.stop_asked
+        )  # read once: a signal between saving and stopping waits for the next step
         if better or stopping or done % self.cfg.run.save_every == 0 or done == steps:
             self.save(done, policy, optimizer, algo.state())
         if stopping and done < steps:
-            raise Stopped(f"stopped after step {done}, saved in {self.dir}/checkpoint-{done}.")
+            raise Stopped(f"stopped after step {done}, saved in {self.home}/checkpoint-{done}.")
 
     # ---- the optimizer step --------------------------------------------------------------------------------
 
@@ -206,13 +216,18 @@ class Run:
         """
         total, count = 0.0, 0.0
         metrics: dict[str, float] = {}
-        for part in parts:
-            self._shape = preflight.shape_of(part)
-            one = loss(part)
-            one.total.backward()
-            total, count = total + float(one.total.detach()), count + one.count
-            for name, value in one.metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + value * one.count
+        sums = []
+        with ranks.alone():
+            for part in ranks.dealt(parts):  # of several ranks one may have none
+                self._shape = preflight.shape_of(part)
+                one = loss(part)
+                one.total.backward()
+                sums.append((float(one.total.detach()), one.count, one.metrics))
+        for one in [one for each in ranks.together(sums) for one in each]:
+            total, count = total + one[0], count + one[1]
+            for name, value in one[2].items():
+                metrics[name] = metrics.get(name, 0.0) + value * one[1]
+        ranks.sum_gradients([p for group in optimizer.param_groups for p in group["params"]])
         count = count or 1.0
         norms = []
         for group in optimizer.param_groups:
@@ -242,7 +257,7 @@ class Run:
     def phase(self, name: str, shape: str = "") -> Iterator[None]:
         """Count the seconds and the peak memory of a phase (``sample``, ``score``, ``update``, ``evaluate``).
 
-        The seconds of a phase within another count for the inner one alone.
+        The seconds of a phase within another count for the inner one alone; of several ranks the first one's count.
 
         Args:
             shape: what it works at, for the message when the memory is too small; an update tells its own.
@@ -250,6 +265,7 @@ class Run:
         Raises:
             UserError: the memory is too small.
         """
+        ranks.watch(self.cfg.run.patience)
         _reset_peak()
         start, outer = time.perf_counter(), self._inside
         self._inside, self._shape = 0.0, shape
@@ -264,6 +280,7 @@ class Run:
         self._inside = outer + spent
         key = f"peak_mb/{name}"
         self.ledger[key] = max(self.ledger.get(key, 0.0), _peak_mb())
+        ranks.watch(self.cfg.run.patience)
 
     def count(self, name: str, amount: float) -> None:
         """Add to a running sum of the ledger, such as ``tokens/sampled``."""
@@ -319,11 +336,11 @@ class Run:
         """A tensor that depends on this run's settings and data alone: computed once, and read from its directory at every
         later start."""
         key = hashlib.sha256(f"{signature(self.cfg)} {self.fingerprint}".encode()).hexdigest()[:8]
-        file = self.dir / f"{name}-{key}.safetensors"
-        if not file.exists():
+        file = self.home / f"{name}-{key}.safetensors"
+        if not ranks.agreed(file.exists()):
+            found = compute().contiguous()
             partial = file.with_name(file.name + ".partial")
-            save_file({name: compute().contiguous()}, partial)
-            partial.rename(file)
+            ranks.each(lambda: (save_file({name: found}, partial), partial.rename(file)) if ranks.first() else None)
         return load_file(file)[name]
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
@@ -348,7 +365,17 @@ class Run:
         Args:
             tensors: what of the algorithm's state is no JSON: ``state/algo.pt``.
         """
-        target = self.dir / f"checkpoint-{step}"
+        ranks.each(lambda: self._save(step, policy, optimizer, algo_state, tensors) if ranks.first() else None)
+
+    def _save(
+        self,
+        step: int,
+        policy: Any,
+        optimizer: torch.optim.Optimizer,
+        algo_state: dict[str, Any],
+        tensors: dict[str, Any] | None,
+    ) -> None:
+        target = self.home / f"checkpoint-{step}"
         if target.exists():
             return
         state = self._state(step, algo_state)
@@ -435,7 +462,7 @@ class Run:
         """Evaluate the last or best weights, write ``final/`` with its card, then ``result.json``: the run is finished."""
         weights_of = steps
         if self.cfg.evaluate.final == "best" and self.best and self.best["step"] != steps:
-            best = self.dir / f"checkpoint-{self.best['step']}"
+            best = self.home / f"checkpoint-{self.best['step']}"
             if not best.is_dir():
                 raise UserError(
                     f"{best}, the best on dev, is gone. Restore it, or take the last with evaluate.final=last."
@@ -447,12 +474,18 @@ class Run:
                 )
             weights_of = int(self.best["step"])
         after = held_out.test(policy, "after")
+        result: dict[str, Any] = ranks.each(
+            lambda: self._final(policy, steps, weights_of, after) if ranks.first() else {}
+        )[0]
+        self.write_json("result.json", result)
+        self.tracker.finish(result)
+        return result
+
+    def _final(self, policy: Any, steps: int, weights_of: int, after: dict[str, Any]) -> dict[str, Any]:
         with self.folder(self.dir / "final") as folder:
             policy.export(folder)
             result = self._result(steps, after, hash_weights(folder)) | {"training": self._training_of(weights_of)}
             (folder / "README.md").write_text(model_card(self.cfg, result), encoding="utf-8")
-        self.write_json("result.json", result)
-        self.tracker.finish(result)
         return result
 
     def _training_of(self, step: int) -> dict[str, float]:
@@ -479,18 +512,18 @@ class Run:
             "seconds": _under(self.ledger, "seconds/"),
             "peak_mb": _under(self.ledger, "peak_mb/"),
             "resumes": self.resumes,
-            "directory": str(self.dir),
+            "directory": str(self.home),
             **self.added,
         }
 
     def _latest(self) -> Path | None:
         saved = [
-            p for p in self.dir.glob("checkpoint-*") if p.suffix != ".partial" and (p / "state" / "run.json").exists()
+            p for p in self.home.glob("checkpoint-*") if p.suffix != ".partial" and (p / "state" / "run.json").exists()
         ]
         return max(saved, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
     def _prune(self) -> None:
-        saved = sorted(self.dir.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.rpartition("-")[2]))
+        saved = sorted(self.home.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.rpartition("-")[2]))
         best = f"checkpoint-{self.best['step']}" if self.best else None
         for path in saved[: -self.cfg.run.keep]:
             if path.name != best:
@@ -629,6 +662,10 @@ def model_card(cfg: DictConfig, result: dict[str, Any]) -> str:
         ]  # fmt: skip
     lines += ["", "```yaml", OmegaConf.to_yaml(OmegaConf.create(whole(cfg))), "```", ""]
     return "\n".join(lines)
+
+
+def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from alignkit import ranks
 from alignkit.batch import Batch
 from alignkit.decode import cache_name, positions, takes
 
@@ -201,7 +202,9 @@ def by_parts(batch: Batch, budget: int, function: Any) -> Tensor:
     """``function`` of micro-batches, put together in the batch's order: (B, T) float32."""
     index = torch.arange(len(batch), device=batch.mask.device)
     out = torch.zeros(batch.mask.shape, device=batch.mask.device)
-    for part in batch.with_(extra={**batch.extra, "row": index}).split(budget):
-        found = function(part)
-        out[part.extra["row"], : found.shape[1]] = found.to(out.dtype)
-    return out
+    own = ranks.dealt(ranks.split(batch.with_(extra={**batch.extra, "row": index}), budget))
+    with ranks.alone():
+        for part in own:
+            found = function(part)
+            out[part.extra["row"], : found.shape[1]] = found.to(out.dtype)
+    return ranks.summed(out)  # each row is one rank's, and 0 with the others

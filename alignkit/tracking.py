@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 class Tracker:
     """One wandb run for one run directory; ``metrics.jsonl`` is written whatever happens here."""
 
-    def __init__(self, cfg: DictConfig, directory: Path) -> None:
+    def __init__(self, cfg: DictConfig, directory: Path, on: bool = True) -> None:
         self.id = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
         self._run: Any = None
-        mode = _mode(cfg.run.wandb)
+        mode = _mode(cfg.run.wandb) if on else "disabled"
         if mode == "disabled":
             return
         for attempt in (mode, "offline") if mode == "online" else (mode,):

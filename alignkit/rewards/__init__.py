@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from alignkit import ranks
 from alignkit.batch import Batch
 from alignkit.data import Row
 from alignkit.errors import UserError, suggest
@@ -30,9 +31,24 @@ def scores_of(reward: Reward, batch: Batch) -> Tensor:
 def judged(reward: Reward, batch: Batch) -> Batch:
     """The batch with its ``scores``; of a reward a token also with ``extra["token_scores"]`` (B, T). A list of numbers will do.
 
+    Of several ranks each judges some of the groups.
+
     Raises:
         UserError: another shape, or a score that is not finite; names the row.
     """
+    own = ranks.groups(batch)
+    parts = [part for part in ranks.each(lambda: None if own is None else _judge(reward, own)) if part is not None]
+    scores = torch.cat([score for score, _ in parts])
+    extra = batch.extra
+    if parts[0][1] is not None:
+        width = batch.mask.shape[1]  # of a rank's longest response there may be less
+        tokens = torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1])) for _, t in parts if t is not None])
+        extra = {**extra, "token_scores": tokens.to(batch.mask.device)}
+    return batch.with_(scores=scores.to(batch.mask.device), extra=extra)
+
+
+def _judge(reward: Reward, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Scores (B,), and (B, T) of a reward a token."""
     found = reward(batch)
     if not isinstance(found, Tensor):
         try:
@@ -51,8 +67,7 @@ def judged(reward: Reward, batch: Batch) -> Batch:
         raise UserError(
             f"the reward of row {batch.rows[bad[0]]['id']} is {float(scores[bad[0]])}, response {batch.responses[bad[0]]!r}."
         )
-    extra = batch.extra if tokens is None else {**batch.extra, "token_scores": tokens}
-    return batch.with_(scores=scores.to(batch.mask.device), extra=extra)
+    return scores, tokens
 
 
 def of_texts(rows: list[Row]) -> Batch:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from alignkit import preflight
+from alignkit import preflight, ranks
 from alignkit.batch import Batch
 from alignkit.data import Row
 from alignkit.ops import warmup_decay
@@ -44,7 +44,8 @@ def fit(
                 batch = collate(run.draw(rows, algo.batch_size, step))
                 rate = algo.lr * warmup_decay(step, steps, algo.warmup, algo.schedule, algo.floor)
                 with torch.no_grad():
-                    parts = algo.whole(policy, batch, run.generator(step, "whole")).split(algo.micro_tokens)
+                    whole = algo.whole(policy, batch, run.generator(step, "whole"))
+                    parts = ranks.split(whole, algo.micro_tokens)
                 metrics = run.update(
                     optimizer,
                     lambda part: algo.loss(policy, part),

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alignkit import ranks
 from alignkit.algos._pref import Pref, Question, right
 from alignkit.batch import Batch
 from alignkit.config import Model
@@ -77,22 +78,27 @@ class References:
     def _logprob(self, start: Policy, batch: Batch) -> Tensor:
         batch = batch.with_(extra={"row": torch.arange(len(batch), device=batch.mask.device)})
         summed = torch.zeros(len(batch))
-        for piece in batch.split(self.algo.micro_tokens):
+        for piece in ranks.dealt(ranks.split(batch, self.algo.micro_tokens)):
             summed[piece.extra["row"].cpu()] = (start.forward(piece) * piece.mask).sum(1).float().cpu()
-        return summed
+        return ranks.summed(summed)
 
     def _learn(self, split: str, questions: list[Question]) -> None:
         """Fill ``known`` from the disk; what does not lie there is asked of the start model first."""
         root = Path(self.cfg.run.root) / "reference"
         files = [(q, root / f"{self._fingerprint(split, q)}.safetensors") for q in questions]
-        missing = [(q, file) for q, file in files if not file.exists()]
+        missing = [
+            (q, file)
+            for (q, file), lacks in zip(files, ranks.agreed([not f.exists() for _, f in files]), strict=True)
+            if lacks
+        ]
         if missing:
             start = load(self.model, self.cfg.seed, self.data.texts())
             start.drop_dropout()
             root.mkdir(parents=True, exist_ok=True)
             for q, file in missing:
+                found = self._answers(start, split, q)
                 partial = file.with_suffix(f".{os.getpid()}.partial")  # jobs of a sweep may come here at the same time
-                save_file({q.name: self._answers(start, split, q)}, partial)
+                save_file({q.name: found}, partial)  # and every rank has the same
                 partial.rename(file)
         for q, file in files:
             self.known[split, q.name] = load_file(file)[q.name]

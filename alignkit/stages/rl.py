@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_model
 from torch import Tensor
 
-from alignkit import preflight
+from alignkit import preflight, ranks
 from alignkit.algos._rl import RL
 from alignkit.batch import Batch
 from alignkit.config import Model
@@ -65,7 +65,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
                     for part in batch.minibatches(algo.minibatches):
                         stats = run.update(
                             optimizer, lambda rows: algo.loss(policy, rows),
-                            part.split(algo.micro_tokens), algo.max_grad_norm, step, algo.rates(step),
+                            ranks.split(part, algo.micro_tokens), algo.max_grad_norm, step, algo.rates(step),
                         )  # fmt: skip
                 policy.train(False)
             watched, every = run.look(step + 1, [scored.drawn()]), cfg.run.samples_every

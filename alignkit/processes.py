@@ -1,0 +1,139 @@
+"""Starts the processes of a run, looks after them, and is each of them: ``python -m alignkit.processes FILE``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from alignkit.errors import Stopped, UserError
+
+GRACE = 30.0  # seconds that the others have to stop by themselves once one has ended
+LEFT = 3  # exit code of a process whose others are gone
+ERRORS = {"UserError": UserError, "Stopped": Stopped}
+
+
+def several() -> bool:
+    """Whether this process was started as one of several, by ``run``, torchrun or accelerate."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def run(cfg: DictConfig, count: int) -> None:
+    """Run a configuration in ``count`` processes of this machine, which meet as torchrun's would; returns when all are through.
+
+    Raises:
+        UserError, Stopped: what the processes have raised, or that one of them was killed.
+    """
+    with tempfile.TemporaryDirectory(prefix="alignkit-") as folder:
+        given = Path(folder) / "given.json"
+        given.write_text(json.dumps({"cfg": OmegaConf.to_yaml(cfg), "argv": sys.argv}), encoding="utf-8")
+        command = [sys.executable, "-m", "alignkit.processes", str(given)]
+        shared = {
+            **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count), "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+        }  # fmt: skip
+        if cfg.run.threads is None:
+            shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+        children = [
+            subprocess.Popen(command, env={**shared, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(count)
+        ]
+        codes = _look_after(children)
+        told = [Path(folder) / f"error-{i}.json" for i in range(count)]
+        for file in (f for f in told if f.exists()):
+            kind, message = json.loads(file.read_text(encoding="utf-8"))
+            raise ERRORS[kind](message)
+    ended = next(((i, code) for i, code in enumerate(codes) if code not in (0, LEFT)), None)
+    ended = ended or next(((i, code) for i, code in enumerate(codes) if code), None)
+    if ended is None:
+        return
+    i, code = ended[0], ended[1]
+    how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+    raise UserError(
+        f"process {i} of {count} {how}; the others were stopped. Repeat the command to go on from the last checkpoint."
+    )
+
+
+def _look_after(children: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Exit codes; 0 also of those that were stopped because another one had failed.
+
+    Ctrl-C reaches all from the terminal, SIGTERM is handed on: they save and stop by themselves.
+    """
+
+    def ask(number: int, frame: Any) -> None:
+        for child in children if number == signal.SIGTERM else ():
+            child.terminate()
+
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while all(c.poll() is None for c in children) or all(c.returncode in (0, None) for c in children):
+            if all(c.returncode == 0 for c in children):
+                return [0] * len(children)
+            time.sleep(0.05)
+        failed = [c.returncode or 0 for c in children]
+        until = time.monotonic() + GRACE if _by_itself(failed) else time.monotonic()
+        while any(c.poll() is None for c in children) and time.monotonic() < until:
+            time.sleep(0.05)
+        return failed
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _by_itself(codes: list[int]) -> bool:
+    """Whether those that have ended did so by an error or a stop that all of them share, and not by being killed."""
+    return all(code in (0, 2, 130) for code in codes)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def _end_with(parent: int) -> None:
+    """End when the process that started this one is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def main() -> None:
+    """One of the processes; a mistake or a stop is left in a file for the one that has started it."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    file = Path(sys.argv[1])
+    given = json.loads(file.read_text(encoding="utf-8"))
+    sys.argv = given["argv"]
+    from alignkit.config import Config, register
+    from alignkit.launch import share_in
+
+    register()
+    try:
+        share_in(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(given["cfg"])))  # type: ignore[arg-type]
+    except (UserError, Stopped) as e:
+        (file.parent / f"error-{os.environ['RANK']}.json").write_text(json.dumps([type(e).__name__, str(e)]))
+        sys.exit(130 if isinstance(e, Stopped) else 2)
+    except RuntimeError as e:
+        if "gloo" not in str(e).lower() and "nccl" not in str(e).lower():
+            raise
+        sys.exit(LEFT)  # another one is gone: it is that one of which the first process tells
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Several processes that share one run: the same run as in one, whatever they have to do, and however they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from group import together
+from running import SMALL_CAUSAL, SMALL_RL, SMALL_RUN, SMALL_SEQ2SEQ, command, composed, lines, train
+from safetensors.torch import load_file
+
+RL = [
+    "data=rnnlg",
+    *SMALL_SEQ2SEQ,
+    *SMALL_RL,
+    "algo.steps=5",
+    "algo.lr=1e-2",
+    "algo.warmup=0",
+    "evaluate.every=5",
+    "evaluate.final=last",
+]
+METHODS = {  # as many micro-batches as can be, so that every rank has some
+    "esrl": ["+algo=esrl", *RL, "algo.micro_tokens=64", "algo.prompts_per_step=5", "algo.capability=metric"],
+    "ppo": ["+algo=ppo", *RL, "algo.micro_tokens=64", "algo.prompts_per_step=6", "algo.kl=0.1", "algo.minibatches=2"],
+    "causal": ["+algo=grpo", "data=arithmetic", "reward=answer", *SMALL_CAUSAL, *RL[-len(SMALL_RL) - 5 :], "algo.micro_tokens=64"],
+    "empty": ["+algo=reinforce", *RL, "algo.prompts_per_step=1", "algo.k=2", "seed=3"],  # one group: the other ranks have none
+    "dpo": ["+algo=dpo", "data=polite", *SMALL_CAUSAL, *SMALL_RUN, "algo.steps=5", "algo.batch_size=6", "algo.lr=1e-2",
+            "algo.warmup=0", "algo.micro_tokens=64", "evaluate.every=5", "evaluate.final=last", "algo.max_response_tokens=24"],
+    "pcrm": ["+algo=pcrm", *SMALL_RUN, "algo.steps=5", "algo.batch_size=6", "algo.lr=1e-2", "algo.warmup=0", "algo.micro_tokens=256",
+             "model.config.hidden_size=16", "model.config.num_hidden_layers=1", "model.config.intermediate_size=32",
+             "model.config.num_attention_heads=2", "evaluate.every=5", "evaluate.final=last"],
+    "sft": ["+algo=sft", "data=rnnlg", *SMALL_SEQ2SEQ, *SMALL_RUN, "model.config.dropout=0", "algo.steps=5", "algo.batch_size=7",
+            "algo.lr=1e-2", "algo.warmup=0", "algo.micro_tokens=64", "evaluate.every=5", "evaluate.final=last"],
+}  # fmt: skip
+
+
+def found_in(root: Path, words: list[str]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], dict[str, Any]]:
+    folder = Path(composed([*words, f"run.root={root}"]).run.dir)
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return load_file(folder / "final" / "model.safetensors"), lines(folder / "metrics.jsonl"), result
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference over the norm, over all weights together."""
+    assert one.keys() == other.keys()
+    flat = [torch.cat([x[k].flatten().double() for k in sorted(x)]) for x in (one, other)]
+    return float((flat[0] - flat[1]).norm() / flat[0].norm())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every method in one process, in two and in four."""
+    root = tmp_path_factory.mktemp("ranks")
+    for words in METHODS.values():
+        train(root / "1", *words)
+    for count in (2, 4):
+        together(count, [[*words, f"run.root={root}/{count}"] for words in METHODS.values()], root)
+    return root
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_number_of_processes_changes_nothing(runs: Path, name: str, count: int) -> None:
+    weights, log, result = found_in(runs / "1", METHODS[name])
+    more, their_log, their_result = found_in(runs / str(count), METHODS[name])
+    assert 0 < apart(weights, more) < 1e-5 or name == "empty"  # 0: one rank did it all
+    assert [x["step"] for x in log] == [x["step"] for x in their_log]
+    for one, other in zip(log, their_log, strict=True):
+        for key in ("loss", "reward", "grad_norm", "kl", "dev/reward", "preference_accuracy"):
+            assert (key in one) == (key in other), key
+            assert other.get(key, 0.0) == pytest.approx(one.get(key, 0.0), rel=1e-3, abs=1e-5), key
+    assert their_result["samples"] == result["samples"] and their_result["tokens"] == result["tokens"]
+
+
+
+STEADY = [*METHODS["esrl"], "run.save_every=1", "run.processes=2"]
+
+
+def children(parent: int) -> list[int]:
+    """The processes of a run, in order of their start."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                status = (folder / "status").read_text()
+                asked = (folder / "cmdline").read_text()
+            except OSError:
+                continue
+            if f"PPid:\t{parent}\n" in status and "alignkit.processes" in asked:
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def started(root: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "alignkit", "train", *words, f"run.root={root}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def until(holds: Any, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 200
+    while not holds():
+        assert process.poll() is None and time.monotonic() < end, process.stderr and process.stderr.read()
+        time.sleep(0.02)
+
+
+def test_a_killed_process_ends_all_and_the_command_goes_on_with_any_number(runs: Path, tmp_path: Path) -> None:
+    """SIGKILL to one of two in the middle; the same command in one process, stopped again, and at last in four."""
+    words = [*METHODS["esrl"], "run.save_every=1", "algo.steps=5"]
+    folder = Path(composed([*words, f"run.root={tmp_path}"]).run.dir)
+    process = started(tmp_path, *words, "run.processes=2")
+    until(lambda: (folder / "checkpoint-2" / "state" / "run.json").exists(), process)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    begun = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 20
+    assert process.returncode == 2
+    assert "process 1 of 2 was killed (SIGKILL); the others were stopped. Repeat the command" in said
+    assert "Traceback" not in said
+    process = started(tmp_path, *words)
+    until(lambda: (folder / "checkpoint-3" / "state" / "run.json").exists(), process)
+    process.terminate()
+    process.communicate(timeout=60)
+    done = command("train", *words, f"run.root={tmp_path}", "run.processes=4")
+    assert done.returncode == 0, done.stderr
+    weights, log, _ = found_in(tmp_path, words)
+    whole, their_log, _ = found_in(runs / "1", METHODS["esrl"])
+    assert apart(whole, weights) < 1e-5
+    assert [x["step"] for x in log] == [x["step"] for x in their_log]
+
+
+def test_ctrl_c_stops_all_after_the_step(tmp_path: Path) -> None:
+    """SIGTERM to the one that started them is handed on; each saves nothing or the same, and the message says how to go on."""
+    process = started(tmp_path, *METHODS["esrl"], "run.processes=2", "algo.steps=500")
+    folder = Path(composed([*METHODS["esrl"], "algo.steps=500", f"run.root={tmp_path}"]).run.dir)
+    until(lambda: (folder / "metrics.jsonl").exists() and len(lines(folder / "metrics.jsonl")) > 1, process)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped after step" in said and "Repeat the command to go on" in said
+    step = int(said.partition("stopped after step ")[2].split(",")[0])
+    assert (folder / f"checkpoint-{step}" / "state" / "run.json").exists()
+
+
+def test_started_by_torchrun(runs: Path, tmp_path: Path) -> None:
+    words = METHODS["dpo"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "alignkit", "train", *words, f"run.root={tmp_path}"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert apart(found_in(runs / "1", words)[0], found_in(tmp_path, words)[0]) < 1e-5
+    assert done.stdout.count("files: ") == 1  # the first one alone speaks
+
+
+def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+    done = command("train", *METHODS["esrl"], f"run.root={tmp_path}", "run.processes=2", "algo.max_new_tokens=100000")
+    assert done.returncode == 2
+    assert done.stderr.count("max_new_tokens") >= 1 and done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_one_that_hangs_ends_all_with_its_stack(tmp_path: Path) -> None:
+    """A reward that never comes back on one rank: the watchdog writes where it stands."""
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "stuck.yaml").write_text("_target_: stuck.Stuck\n", encoding="utf-8")
+    (tmp_path / "stuck.py").write_text(
+        "import os, time\n\n\nclass Stuck:\n    def __call__(self, batch):\n"
+        "        time.sleep(1000 if os.environ.get('RANK') == '1' and batch.logprobs is not None else 0)\n"
+        "        return [float(len(r)) for r in batch.responses]\n",
+        encoding="utf-8",
+    )
+    words = [w for w in METHODS["empty"] if w != "algo.prompts_per_step=1"]
+    begun = time.monotonic()
+    done = command(
+        "train", *words, "algo.prompts_per_step=4", "reward=stuck", "--config-dir", str(tmp_path), "run.patience=15",
+        f"run.root={tmp_path}", "run.processes=2", "evaluate.every=0", "evaluate.test=false",
+    )  # fmt: skip
+    assert time.monotonic() - begun < 120
+    assert done.returncode == 2
+    assert "Timeout" in done.stderr and "stuck.py" in done.stderr and "ended with exit code 1" in done.stderr
+
+
+def test_a_stage_whose_work_is_not_shared_runs_in_one_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(
+        tmp_path,
+        "+algo=ndr",
+        "algo.prompts=20",
+        "algo.models=4",
+        "algo.resamples=20",
+        "run.wandb=disabled",
+        "run.processes=2",
+    )
+    assert "run.processes=2: stage study runs in one process" in capsys.readouterr().err
