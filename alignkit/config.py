@@ -139,6 +139,7 @@ class RunSettings:
     wandb: str = "auto"  # auto (online with a key, else offline) | online | offline | disabled
     project: str = "alignkit"  # wandb project
     processes: int = 1  # of this machine that share the work; several machines: torchrun or accelerate launch
+    shard: bool = False  # with several processes: each keeps a part of every layer and of its optimizer state (FSDP2)
     patience: float | None = (
         1800  # with several processes: seconds a phase may take before its stacks are written and it ends
     )

@@ -65,6 +65,8 @@ class Policy(Reader):
             UserError: no room for so many tokens, or ``begun`` for an encoder–decoder model.
         """
         counts = [n] * len(rows) if isinstance(n, int) else n
+        if self.shards:
+            self.shards.whole()
         own = ranks.share(len(rows))
         if ranks.size() == 1:
             return self._draw(rows, counts, how, temperature, generator, begun, None)

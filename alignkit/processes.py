@@ -77,15 +77,13 @@ def _look_after(children: list[subprocess.Popen[bytes]]) -> list[int]:
     if threading.current_thread() is threading.main_thread():
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while all(c.poll() is None for c in children) or all(c.returncode in (0, None) for c in children):
-            if all(c.returncode == 0 for c in children):
-                return [0] * len(children)
+        while not any(codes := [child.poll() for child in children]) and None in codes:
             time.sleep(0.05)
-        failed = [c.returncode or 0 for c in children]
-        until = time.monotonic() + GRACE if _by_itself(failed) else time.monotonic()
-        while any(c.poll() is None for c in children) and time.monotonic() < until:
+        # an error, a stop, or that another one is gone: all end by themselves
+        until = time.monotonic() + (GRACE if all(code in (None, 0, 2, 130, LEFT) for code in codes) else 2)
+        while None in [child.poll() for child in children] and time.monotonic() < until:
             time.sleep(0.05)
-        return failed
+        return [child.returncode or 0 for child in children]
     finally:
         for child in children:
             if child.poll() is None:
@@ -93,11 +91,6 @@ def _look_after(children: list[subprocess.Popen[bytes]]) -> list[int]:
             child.wait()
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _by_itself(codes: list[int]) -> bool:
-    """Whether those that have ended did so by an error or a stop that all of them share, and not by being killed."""
-    return all(code in (0, 2, 130) for code in codes)
 
 
 def _free_port() -> int:
@@ -122,6 +115,7 @@ def main() -> None:
     sys.argv = given["argv"]
     from alignkit.config import Config, register
     from alignkit.launch import share_in
+    from alignkit.ranks import Elsewhere
 
     register()
     try:
@@ -130,7 +124,7 @@ def main() -> None:
         (file.parent / f"error-{os.environ['RANK']}.json").write_text(json.dumps([type(e).__name__, str(e)]))
         sys.exit(130 if isinstance(e, Stopped) else 2)
     except RuntimeError as e:
-        if "gloo" not in str(e).lower() and "nccl" not in str(e).lower():
+        if not isinstance(e, Elsewhere) and "gloo" not in str(e).lower() and "nccl" not in str(e).lower():
             raise
         sys.exit(LEFT)  # another one is gone: it is that one of which the first process tells
 

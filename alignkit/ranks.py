@@ -28,6 +28,11 @@ from alignkit.errors import UserError
 T = TypeVar("T")
 BUCKET = 2**24  # elements of gradients that are summed in one message
 _alone = False  # within ``alone``: this rank does something by itself
+_in_step = False  # the layers of the model are apart: every pass through it is one of all ranks
+
+
+class Elsewhere(RuntimeError):
+    """Another process of the run has failed, and tells why."""
 
 
 @contextmanager
@@ -98,9 +103,23 @@ def share(count: int) -> range:
     return range(count * rank() // size(), count * (rank() + 1) // size())
 
 
-def dealt(things: Sequence[T]) -> Sequence[T]:
-    """This rank's things, dealt in turns."""
-    return things[rank() :: size()]
+def dealt(things: Sequence[T]) -> list[tuple[T, bool]]:
+    """This rank's things, dealt in turns, each with True. Where all have to go in step, some have the last thing again, with False:
+    its pass counts for nothing."""
+    own = [(thing, True) for thing in things[rank() :: size()]]
+    rounds = -(-len(things) // size())
+    return own + [(things[-1], False)] * (rounds - len(own) if _in_step else 0)
+
+
+def go_in_step(on: bool) -> None:
+    """From now on, or no longer, every rank runs the model equally often (``sharding``)."""
+    global _in_step
+    _in_step = on
+
+
+def in_step() -> bool:
+    """Whether a pass through the model must be made of as many calls, whatever the rows are."""
+    return _in_step
 
 
 def split(batch: Batch, budget: int) -> list[Batch]:
@@ -135,25 +154,30 @@ def together(own: T) -> list[T]:
 
 
 def each(work: Callable[[], T]) -> list[T]:
-    """What every rank's share of the work gives, in their order.
+    """What every rank's share of the work gives, in their order. No rank waits for one that has failed.
 
     Raises:
         UserError: one rank's; all ranks raise the same.
+        Elsewhere: another rank has failed in another way; it raises its own error.
     """
     if size() == 1:
         return [work()]
-    told: str | None = None
+    wrong: Exception | None = None
     found: Any = None
     try:
         with alone():
             found = work()
-    except UserError as e:
-        told = str(e)
-    every = together((told, found))
-    wrong = [message for message, _ in every if message is not None]
-    if wrong:
-        raise UserError(wrong[0])
-    return [one for _, one in every]
+    except Exception as e:
+        wrong = e
+    every = together((wrong is not None, str(wrong) if isinstance(wrong, UserError) else None, found))
+    told = next((text for _, text, _ in every if text is not None), None)
+    if told is not None:
+        raise UserError(told)
+    if wrong is not None:
+        raise wrong
+    if any(failed for failed, _, _ in every):
+        raise Elsewhere("another process of the run has failed")
+    return [one for _, _, one in every]
 
 
 def agreed(value: T) -> T:

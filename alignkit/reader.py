@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from alignkit.batch import Batch
 from alignkit.data import Row
@@ -33,6 +34,7 @@ class Reader:
 
     critic: Any = None  # a policy may have one
     beside: torch.nn.Module | None = None  # trained with the model, saved in checkpoints, no part of the model
+    shards: Any = None  # of a model whose layers several ranks share: ``sharding.Shards``
 
     def __init__(self, model: Any, tokenizer: Any, compute: torch.dtype = torch.float32) -> None:
         self.model = model
@@ -175,13 +177,17 @@ class Reader:
         model = self.model if model is None else model
         if self.compute == next(model.parameters()).dtype:
             return work()
-        cast = {f"model.{name}": p.to(self.compute) for name, p in model.named_parameters()}
+        cast = {
+            f"model.{name}": p.to(self.compute)
+            for name, p in model.named_parameters()
+            if not isinstance(p, DTensor)  # layers that are apart cast for themselves
+        }
         cast |= {
             f"model.{name}": b.to(self.compute)
             for name, b in model.named_buffers()
             if b.is_floating_point() and not name.endswith("inv_freq")  # rotary angles need float32
         }
-        result: T = torch.func.functional_call(_Swapped(model), cast, (work,))
+        result: T = torch.func.functional_call(Swapped(model), cast, (work,))
         return result
 
     @contextmanager
@@ -258,7 +264,7 @@ class Reader:
         return torch.tensor(ids, dtype=torch.long, device=self.device), torch.tensor(mask, device=self.device)
 
 
-class _Swapped(torch.nn.Module):
+class Swapped(torch.nn.Module):
     """Lets ``functional_call`` put other weights into a model while some work is done with it."""
 
     def __init__(self, model: Any) -> None:

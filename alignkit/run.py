@@ -77,6 +77,7 @@ class Run:
         self._inside = 0.0  # seconds of the phases within the present one
         self._shape = ""  # of what the present phase works at, in words
         self._order: tuple[int, int, list[int]] = (-1, -1, [])
+        self._shards: Any = None  # of the weights, where several ranks share them
         _keep_freed_memory()
         self.dir.mkdir(parents=True, exist_ok=True)
         self.checkpoint = ranks.agreed(self._latest())
@@ -93,6 +94,7 @@ class Run:
         """Close the bar and the tracker, however the run ended."""
         self.progress.close()
         self.tracker.finish()
+        ranks.go_in_step(False)
         if self.dir != self.home:
             shutil.rmtree(self.dir, ignore_errors=True)
 
@@ -128,19 +130,20 @@ class Run:
         checkpoint that is resumed (unless ``fresh``)."""
         if algo.warmup >= steps and not fresh:  # said before
             print(f"warning: algo.warmup={algo.warmup} is not shorter than the run ({steps} steps).", file=sys.stderr)
-        groups = [
-            {"params": [p for p in module.parameters() if p.requires_grad]}
-            for module in (policy.model, policy.critic, policy.beside)
-            if module
-        ]
+        modules = [module for module in (policy.model, policy.critic, policy.beside) if module]
+        ranks.begin_alike([x for module in modules for x in (*module.parameters(), *module.buffers())])
+        if self.cfg.run.shard and ranks.size() > 1:
+            from alignkit.sharding import Shards
+
+            policy.shards = self._shards = Shards(modules, policy.compute)
+        own = self._shards.own if self._shards else lambda p: p
+        groups = [{"params": [own(p) for p in module.parameters() if p.requires_grad]} for module in modules]
         adamw = torch.optim.AdamW(
             groups, lr=algo.lr, betas=tuple(algo.betas), weight_decay=algo.weight_decay, fused=True
         )
-        ranks.begin_alike(
-            [x for module in (policy.model, policy.critic, policy.beside) if module for x in _tensors(module)]
-        )
         if self.checkpoint and not fresh:
-            adamw.load_state_dict(torch.load(self.checkpoint / "state" / "optimizer.pt", weights_only=True))
+            learned = torch.load(self.checkpoint / "state" / "optimizer.pt", weights_only=True)
+            (self._shards.load_state if self._shards else torch.optim.Optimizer.load_state_dict)(adamw, learned)
         return adamw
 
     @contextmanager
@@ -189,9 +192,7 @@ class Run:
             metrics = {**metrics, **self.look(done, held_out.decoded, "dev/"), **dev}
             better = bool(dev) and self._improved(done, held_out.selected(dev))
         self.log(done, metrics)
-        stopping = ranks.any_of(
-            self.stop_asked
-        )  # read once: a signal between saving and stopping waits for the next step
+        stopping = ranks.any_of(self.stop_asked)  # read once: a signal that comes while saving waits for the next step
         if better or stopping or done % self.cfg.run.save_every == 0 or done == steps:
             self.save(done, policy, optimizer, algo.state())
         if stopping and done < steps:
@@ -217,24 +218,36 @@ class Run:
         total, count = 0.0, 0.0
         metrics: dict[str, float] = {}
         sums = []
+        if self._shards:
+            self._shards.apart()
+        own = ranks.dealt(parts)  # of several ranks one may have none
         with ranks.alone():
-            for part in ranks.dealt(parts):  # of several ranks one may have none
+            for part, counts in own:
                 self._shape = preflight.shape_of(part)
                 one = loss(part)
-                one.total.backward()
-                sums.append((float(one.total.detach()), one.count, one.metrics))
-        for one in [one for each in ranks.together(sums) for one in each]:
-            total, count = total + one[0], count + one[1]
-            for name, value in one[2].items():
-                metrics[name] = metrics.get(name, 0.0) + value * one[1]
-        ranks.sum_gradients([p for group in optimizer.param_groups for p in group["params"]])
+                (one.total if counts else one.total * 0).backward()
+                if counts:
+                    sums.append((float(one.total.detach()), one.count, one.metrics))
+        for loss_sum, counted, means in (one for each in ranks.together(sums) for one in each):
+            total, count = total + loss_sum, count + counted
+            for name, value in means.items():
+                metrics[name] = metrics.get(name, 0.0) + value * counted
+        if self._shards:
+            self._shards.take_gradients()
+        is_part = self._shards.is_part if self._shards else lambda p: False
+        ranks.sum_gradients([p for group in optimizer.param_groups for p in group["params"] if not is_part(p)])
         count = count or 1.0
         norms = []
         for group in optimizer.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
                 p.grad.div_(count)
-            norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)))
+            length = torch.nn.utils.get_total_norm([p.grad for p in parameters if not is_part(p)])
+            if self._shards:
+                of_parts = torch.nn.utils.get_total_norm([p.grad for p in parameters if is_part(p)])
+                length = (length**2 + ranks.summed(of_parts**2)).sqrt()
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm or math.inf, length)
+            norms.append(float(length))
         norm = norms[0] if all(map(math.isfinite, norms)) else math.nan
         if not math.isfinite(total) or not math.isfinite(norm):
             optimizer.zero_grad(set_to_none=True)
@@ -365,13 +378,16 @@ class Run:
         Args:
             tensors: what of the algorithm's state is no JSON: ``state/algo.pt``.
         """
-        ranks.each(lambda: self._save(step, policy, optimizer, algo_state, tensors) if ranks.first() else None)
+        if self._shards:
+            self._shards.whole()
+        learned = self._shards.full_state(optimizer) if self._shards else optimizer.state_dict()
+        ranks.each(lambda: self._save(step, policy, learned, algo_state, tensors) if ranks.first() else None)
 
     def _save(
         self,
         step: int,
         policy: Any,
-        optimizer: torch.optim.Optimizer,
+        learned: dict[str, Any],
         algo_state: dict[str, Any],
         tensors: dict[str, Any] | None,
     ) -> None:
@@ -382,7 +398,7 @@ class Run:
         with self.folder(target) as partial:
             policy.save(partial)
             (partial / "state").mkdir()
-            torch.save(optimizer.state_dict(), partial / "state" / "optimizer.pt")
+            torch.save(learned, partial / "state" / "optimizer.pt")
             if policy.critic is not None:
                 save_model(policy.critic, str(partial / "state" / "critic.safetensors"))
             if policy.beside is not None:
@@ -467,6 +483,8 @@ class Run:
                 raise UserError(
                     f"{best}, the best on dev, is gone. Restore it, or take the last with evaluate.final=last."
                 )
+            if self._shards:
+                self._shards.whole()  # and so it stays
             policy.restore(best)
             if not self.best["step"]:
                 self.progress.say(
@@ -474,6 +492,8 @@ class Run:
                 )
             weights_of = int(self.best["step"])
         after = held_out.test(policy, "after")
+        if self._shards:
+            self._shards.whole()
         result: dict[str, Any] = ranks.each(
             lambda: self._final(policy, steps, weights_of, after) if ranks.first() else {}
         )[0]
@@ -662,10 +682,6 @@ def model_card(cfg: DictConfig, result: dict[str, Any]) -> str:
         ]  # fmt: skip
     lines += ["", "```yaml", OmegaConf.to_yaml(OmegaConf.create(whole(cfg))), "```", ""]
     return "\n".join(lines)
-
-
-def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -166,8 +166,9 @@ def _head(model: Any, logits: bool, hidden: bool, layers: Sequence[int]) -> Iter
 
 
 def _shares_prompts(model: Any) -> bool:
-    """Whether a prompt's cache can be handed to several rows: not of a recurrent state, nor while layers recompute."""
-    return not getattr(model, "_is_stateful", False) and not (model.training and model.is_gradient_checkpointing)
+    """Whether a prompt's cache can be handed to several rows: not of a recurrent state, nor while layers recompute or ranks go in step."""
+    recomputes = model.training and model.is_gradient_checkpointing
+    return not ranks.in_step() and not recomputes and not getattr(model, "_is_stateful", False)
 
 
 def _places(model: Any, place: Tensor) -> dict[str, Tensor]:
@@ -175,10 +176,12 @@ def _places(model: Any, place: Tensor) -> dict[str, Tensor]:
 
 
 def _similar(lengths: list[int]) -> Iterator[list[int]]:
-    """Rows in parts of similar length, the longest first; a part's first row is its longest; empty rows are left out."""
+    """Rows in parts of similar length, the longest first; a part's first row is its longest; empty rows are left out. In one part
+    where ranks go in step."""
     part: list[int] = []
     for row in sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: -lengths[i]):
-        if part and lengths[row] < WASTE * lengths[part[0]] and len(part) * lengths[part[0]] >= ENOUGH:
+        apart = part and lengths[row] < WASTE * lengths[part[0]] and len(part) * lengths[part[0]] >= ENOUGH
+        if apart and not ranks.in_step():
             yield part
             part = []
         part.append(row)
@@ -204,7 +207,8 @@ def by_parts(batch: Batch, budget: int, function: Any) -> Tensor:
     out = torch.zeros(batch.mask.shape, device=batch.mask.device)
     own = ranks.dealt(ranks.split(batch.with_(extra={**batch.extra, "row": index}), budget))
     with ranks.alone():
-        for part in own:
+        for part, counts in own:
             found = function(part)
-            out[part.extra["row"], : found.shape[1]] = found.to(out.dtype)
+            if counts:
+                out[part.extra["row"], : found.shape[1]] = found.to(out.dtype)
     return ranks.summed(out)  # each row is one rank's, and 0 with the others

@@ -78,8 +78,9 @@ class References:
     def _logprob(self, start: Policy, batch: Batch) -> Tensor:
         batch = batch.with_(extra={"row": torch.arange(len(batch), device=batch.mask.device)})
         summed = torch.zeros(len(batch))
-        for piece in ranks.dealt(ranks.split(batch, self.algo.micro_tokens)):
-            summed[piece.extra["row"].cpu()] = (start.forward(piece) * piece.mask).sum(1).float().cpu()
+        for piece, counts in ranks.dealt(ranks.split(batch, self.algo.micro_tokens)):
+            if counts:
+                summed[piece.extra["row"].cpu()] = (start.forward(piece) * piece.mask).sum(1).float().cpu()
         return ranks.summed(summed)
 
     def _learn(self, split: str, questions: list[Question]) -> None:

@@ -1,0 +1,150 @@
+"""FSDP2: every rank keeps a part of each layer, and of what AdamW knows of it, instead of all.
+
+The layers are *apart* in an update: ``fully_shard`` brings each together for its own forward and backward pass and sums its
+gradient into the parts, which all ranks have to do equally often (``ranks.lockstep``). For everything else, sampling, evaluating and
+saving, they are *whole*: the model is a plain one, on every rank. What is no layer (embeddings, last norm, head) every rank has in full.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from alignkit import ranks
+from alignkit.errors import UserError
+from alignkit.reader import Swapped
+
+
+class Shards:
+    """The layers of some modules, and of each trained weight the part that is this rank's."""
+
+    def __init__(self, modules: Sequence[torch.nn.Module], compute: torch.dtype) -> None:
+        """
+        Args:
+            compute: precision of the layers' passes; gradients add up in that of the weights.
+
+        Raises:
+            UserError: a model without layers that can be told.
+        """
+        found = [m for module in modules for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not found:
+            raise UserError(
+                f"run.shard=true: {type(modules[0]).__name__} has no layers that transformers tells. Set run.shard=false."
+            )
+        mesh = init_device_mesh(next(found[0].parameters()).device.type, (ranks.size(),))
+        self._layers: list[FSDPModule] = []
+        for layer in found:
+            _compute_in(layer, compute)
+            sharded = fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            sharded.set_gradient_divide_factor(1.0)  # sums, which are divided once, by what all ranks have counted
+            sharded.set_force_sum_reduction_for_comms(True)
+            self._layers.append(sharded)
+        self._own: dict[int, tuple[DTensor, torch.nn.Parameter]] = {}
+        self._hooks: list[tuple[Any, Any]] = []
+        self._apart = True
+        ranks.go_in_step(True)
+
+    def own(self, p: torch.nn.Parameter) -> torch.nn.Parameter:
+        """What an optimizer holds of a weight: this rank's part, which shares its memory; all of one that is no layer's."""
+        if not isinstance(p, DTensor):
+            return p
+        part = torch.nn.Parameter(p.to_local().detach())
+        self._own[id(part)] = (p, part)
+        return part
+
+    def is_part(self, p: Tensor) -> bool:
+        return id(p) in self._own
+
+    def apart(self) -> None:
+        """Each rank keeps its part alone."""
+        if self._apart:
+            return
+        for module, hooks in self._hooks:
+            module._state_dict_pre_hooks.update(hooks)
+        for layer in self._layers:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()
+        self._apart = True
+        ranks.go_in_step(True)
+
+    def whole(self) -> None:
+        """Each rank has all, and ``state_dict`` gives it. To be called by all of them."""
+        if not self._apart:
+            return
+        self._hooks = []
+        for layer in self._layers:
+            layer.unshard()
+            layer.set_reshard_after_forward(False)
+            assert isinstance(layer, torch.nn.Module)
+            for module in layer.modules():  # FSDP's own, which would take the layers apart again
+                self._hooks.append((module, dict(module._state_dict_pre_hooks)))
+                module._state_dict_pre_hooks.clear()
+        self._apart = False
+        ranks.go_in_step(False)
+
+    def take_gradients(self) -> None:
+        """Hand the gradients of an update to the parts that the optimizer holds."""
+        for p, part in self._own.values():
+            if p.grad is not None:
+                assert isinstance(p.grad, DTensor)
+                part.grad, p.grad = p.grad.to_local(), None
+
+    # ---- the optimizer's state, which lies on the disk as one process would write it ------------------------------
+
+    def full_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's ``state_dict`` with whole tensors, on the processor: on the first rank; others get none of them."""
+        state = optimizer.state_dict()
+        for i, p in enumerate(_weights(optimizer)):
+            held = self._own.get(id(p))
+            if held is None or i not in state["state"]:
+                continue
+            of = held[0]
+            for name, x in state["state"][i].items():
+                if x.dim():
+                    whole = DTensor.from_local(
+                        x, of.device_mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride()
+                    ).full_tensor()
+                    state["state"][i] = {**state["state"][i], name: whole.cpu() if ranks.first() else None}
+        return state
+
+    def load_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Read what ``full_state`` gave, or a single process; each rank keeps its part."""
+        for i, p in enumerate(_weights(optimizer)):
+            if (held := self._own.get(id(p))) is not None and i in state["state"]:
+                of = held[0]
+                state["state"][i] = {
+                    name: distribute_tensor(
+                        x.to(p.device), of.device_mesh, of.placements, src_data_rank=None
+                    ).to_local()
+                    if x.dim()
+                    else x
+                    for name, x in state["state"][i].items()
+                }
+        optimizer.load_state_dict(state)
+
+
+def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _compute_in(layer: Any, compute: torch.dtype) -> None:
+    """Have a layer cast its weights, once they are together, as ``Reader._computed`` does of a model that is whole."""
+    plain = layer.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        cast = {f"model.{name}": p.to(compute) for name, p in layer.named_parameters() if p.dtype != compute}
+        if not cast:
+            return plain(*args, **kwargs)
+        return torch.func.functional_call(Swapped(layer), cast, (lambda: plain(*args, **kwargs),))
+
+    if next(layer.parameters()).dtype != compute:
+        layer.forward = forward
