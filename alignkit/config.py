@@ -141,7 +141,7 @@ class RunSettings:
     processes: int = 1  # of this machine that share the work; several machines: torchrun or accelerate launch
     shard: bool = False  # with several processes: each keeps a part of every layer and of its optimizer state (FSDP2)
     patience: float | None = (
-        1800  # with several processes: seconds a phase may take before its stacks are written and it ends
+        1800  # seconds without a message from the other processes before stacks are written; null: wait
     )
     threads: int | None = None  # CPU threads; null: torch's choice. Resume is exact for an equal count
     concurrency: int = 16  # requests to an endpoint at the same time

@@ -103,12 +103,7 @@ class Policy(Reader):
         if begun is not None:
             encoded = [[*one, *more] for one, more in zip(encoded, self._beginnings(begun), strict=True)]
         prompt_ids, prompt_mask = self._pad(encoded, "right" if self.is_encoder_decoder else "left")
-        room = self.max_positions - (0 if self.is_encoder_decoder else prompt_ids.shape[1])
-        if how.max_new_tokens > room:
-            raise UserError(
-                f"max_new_tokens={how.max_new_tokens} is more than the model's {self.max_positions} positions allow "
-                f"(room here: {room}). Lower it, or shorten the prompts."
-            )
+        self.make_room(prompt_ids.shape[1], how.max_new_tokens)
         with self._evaluating(), torch.no_grad():
             out = self._computed(
                 lambda: decode(
@@ -130,6 +125,19 @@ class Policy(Reader):
             extra={"ended": self.ended(out.ids, out.mask)}
             | {name: x for name, x in (("entropy", out.entropy), ("top", out.top)) if x is not None},
         )
+
+    def make_room(self, width: int, max_new_tokens: int) -> None:
+        """Refuse more tokens than there are positions for, behind prompts of ``width`` tokens.
+
+        Raises:
+            UserError: says how many there are.
+        """
+        room = self.max_positions - (0 if self.is_encoder_decoder else width)
+        if max_new_tokens > room:
+            raise UserError(
+                f"max_new_tokens={max_new_tokens} is more than the model's {self.max_positions} positions allow "
+                f"(room here: {room}). Lower it, or shorten the prompts."
+            )
 
     def _state(self, rows: list[Row], begun: list[str] | None, ids: Tensor, mask: Tensor) -> State:
         """The policy about to decode: of each row the prompt and what its response begins with, and both as ids (B, P)."""

@@ -47,11 +47,12 @@ def rl(run: Run, policy: Policy, algo: Any, rows: list[Row], reward: Reward, opt
     """Of a policy that learns from its samples: tokens and template, the reward, the disk, the longest micro-batch.
 
     Raises:
-        UserError: checkpoints that cannot fit on the disk.
+        UserError: checkpoints that cannot fit on the disk, or more tokens a response than the model has positions.
     """
     if not run.cfg.run.preflight or run.first_step >= algo.steps:
         return
     met = _met(run, rows, algo.rows_per_step, algo.steps)
+    policy.make_room(1, algo.max_new_tokens)
     _tell(run, lint(policy, met[:LOOKED_AT]))
     if not run.checkpoint:
         _tell(run, ask(reward, met, policy))

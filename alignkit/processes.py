@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from alignkit.errors import Stopped, UserError
 
-GRACE = 30.0  # seconds that the others have to stop by themselves once one has ended
+GRACE = 15.0  # seconds that the others have to stop by themselves once one has ended
 LEFT = 3  # exit code of a process whose others are gone
 ERRORS = {"UserError": UserError, "Stopped": Stopped}
 
@@ -79,8 +79,9 @@ def _look_after(children: list[subprocess.Popen[bytes]]) -> list[int]:
     try:
         while not any(codes := [child.poll() for child in children]) and None in codes:
             time.sleep(0.05)
-        # an error, a stop, or that another one is gone: all end by themselves
-        until = time.monotonic() + (GRACE if all(code in (None, 0, 2, 130, LEFT) for code in codes) else 2)
+        until = (
+            time.monotonic() + GRACE
+        )  # an error, a stop, a watchdog, that another one is gone: all end by themselves
         while None in [child.poll() for child in children] and time.monotonic() < until:
             time.sleep(0.05)
         return [child.returncode or 0 for child in children]

@@ -28,6 +28,7 @@ from alignkit.errors import UserError
 T = TypeVar("T")
 BUCKET = 2**24  # elements of gradients that are summed in one message
 _alone = False  # within ``alone``: this rank does something by itself
+_patience: float | None = None
 _in_step = False  # the layers of the model are apart: every pass through it is one of all ranks
 
 
@@ -37,17 +38,19 @@ class Elsewhere(RuntimeError):
 
 @contextmanager
 def joined(patience: float | None) -> Iterator[None]:
-    """Meet the other processes, at the first run for good; ``patience``: seconds that a message may take before this one gives up.
+    """Meet the other processes, at the first run for good; ``patience``: seconds without a message or the end of a phase.
 
     Raises:
         UserError: they cannot be met.
     """
+    global _patience
+    _patience = patience
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         if not dist.is_initialized():
-            wait = timedelta(seconds=patience or 10**6)
+            wait = timedelta(seconds=2 * patience if patience else 10**6)  # the watchdog tells first
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=wait)
             atexit.register(_part)
     except (ValueError, RuntimeError) as e:
@@ -148,6 +151,7 @@ def together(own: T) -> list[T]:
     """What every rank has, in their order; tensors come back on the processor."""
     if size() == 1:
         return [own]
+    watch()
     found: list[Any] = [None] * size()
     dist.all_gather_object(found, _on_cpu(own))
     return found
@@ -193,6 +197,7 @@ def any_of(flag: bool) -> bool:
 def summed(x: Tensor) -> Tensor:
     """The sum over ranks, in place."""
     if size() > 1:
+        watch()
         dist.all_reduce(x)
     return x
 
@@ -243,7 +248,8 @@ def _on_cpu(x: Any) -> Any:
 # ---- the watchdog ----------------------------------------------------------------------------------------------------
 
 
-def watch(patience: float | None) -> None:
-    """What comes now may take so many seconds; after them the stacks of all threads are written and the process ends."""
-    if dist.is_initialized() and patience:
-        faulthandler.dump_traceback_later(patience, exit=True)
+def watch() -> None:
+    """From now on ``patience`` seconds may pass until the next call, here or before a message; after them the stacks of all threads
+    are written and the process ends."""
+    if dist.is_initialized() and _patience:
+        faulthandler.dump_traceback_later(_patience, exit=True, file=sys.__stderr__ or 2)

@@ -278,7 +278,7 @@ class Run:
         Raises:
             UserError: the memory is too small.
         """
-        ranks.watch(self.cfg.run.patience)
+        ranks.watch()
         _reset_peak()
         start, outer = time.perf_counter(), self._inside
         self._inside, self._shape = 0.0, shape
@@ -293,7 +293,7 @@ class Run:
         self._inside = outer + spent
         key = f"peak_mb/{name}"
         self.ledger[key] = max(self.ledger.get(key, 0.0), _peak_mb())
-        ranks.watch(self.cfg.run.patience)
+        ranks.watch()
 
     def count(self, name: str, amount: float) -> None:
         """Add to a running sum of the ledger, such as ``tokens/sampled``."""

@@ -8,12 +8,23 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def together(count: int, configurations: list[list[str]], folder: Path) -> None:
     """Run configurations (words of ``alignkit train``) in ``count`` processes, as torchrun would start them."""
     file = folder / f"words-{count}.json"
     file.write_text(json.dumps(configurations), encoding="utf-8")
+    _start(count, [str(file)], folder)
+
+
+def spawned(count: int, folder: Path) -> list[dict[str, Any]]:
+    """What ``count`` processes find out about a model that they share, each of them."""
+    _start(count, ["shards", str(folder)], folder)
+    return [json.loads((folder / f"found-{i}.json").read_text(encoding="utf-8")) for i in range(count)]
+
+
+def _start(count: int, words: list[str], folder: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -21,12 +32,12 @@ def together(count: int, configurations: list[list[str]], folder: Path) -> None:
     logs = [open(folder / f"log-{count}-{i}", "w") for i in range(count)]  # noqa: SIM115
     group = [
         subprocess.Popen(
-            [sys.executable, __file__, str(file)], env={**shared, "RANK": str(i), "LOCAL_RANK": str(i)}, stdout=log, stderr=log,
+            [sys.executable, __file__, *words], env={**shared, "RANK": str(i), "LOCAL_RANK": str(i)}, stdout=log, stderr=log,
         )
         for i, log in enumerate(logs)
     ]  # fmt: skip
     try:
-        codes = [process.wait(timeout=400) for process in group]
+        codes = [process.wait(timeout=600) for process in group]
     finally:
         for process in group:
             process.kill()
@@ -36,10 +47,46 @@ def together(count: int, configurations: list[list[str]], folder: Path) -> None:
     assert codes == [0] * count, f"{codes}\n{said}"
 
 
+def _share_a_model(folder: Path) -> None:
+    """Take a small model apart and put it together; what is seen of it goes into ``folder``."""
+    import torch
+    from running import SMALL_CAUSAL, composed
+
+    from alignkit import policy, ranks
+    from alignkit.sharding import Shards
+
+    cfg = composed(["+algo=sft", *SMALL_CAUSAL])
+    from omegaconf import OmegaConf
+
+    with ranks.joined(100):
+        own = policy.load(OmegaConf.to_object(cfg.model), 0, ["a b c d e"] * 50)
+        model, ids = own.model.eval(), torch.tensor([[1, 2, 3, 4]])
+        before, state = model(ids).logits, {k: v.clone() for k, v in model.state_dict().items()}
+        in_layers = sum(p.numel() for p in model.model.layers.parameters())
+        whole = sum(p.numel() for p in model.parameters())
+        shards = Shards([model], torch.float32)
+
+        def held() -> int:
+            return sum(shards.own(p).numel() for p in model.parameters())
+
+        found = {"weights": whole, "shared": whole - in_layers, "own": held()}
+        apart = model(ids).logits  # each layer comes together for its pass alone
+        shards.whole()
+        again = model.state_dict()
+        found["same"] = bool(torch.equal(before, apart)) and bool(torch.equal(before, model(ids).logits))
+        found["whole_again"] = state.keys() == again.keys() and all(torch.equal(state[k], again[k]) for k in state)
+        shards.apart()
+        found["apart_again"] = held()
+        (folder / f"found-{ranks.rank()}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    from running import composed
+    if sys.argv[1] == "shards":
+        _share_a_model(Path(sys.argv[2]))
+    else:
+        from running import composed
 
-    from alignkit.launch import launch
+        from alignkit.launch import launch
 
-    for words in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        launch(composed(words))
+        for words in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+            launch(composed(words))

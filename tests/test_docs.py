@@ -30,6 +30,7 @@ ELSEWHERE = {  # begin of a command that is not alignkit's → why it is not run
     "python scripts/": "takes minutes, files of others or runs that are not here; the script is looked for",
     "source <(alignkit completion ": "test_completion.py",
 }
+LAUNCHERS = ("torchrun", "accelerate")  # start `-m alignkit …` several times: tests/test_ranks.py
 RUN_HERE = {  # alignkit commands that are really trained → words that make them small
     "alignkit train +algo=sft model=tiny_arithmetic data=arithmetic data.show=3": [],
     "alignkit train +algo=ndr": [
@@ -150,6 +151,8 @@ def tried(line: str, root: Path) -> str:
             return "elsewhere"
     words = shlex.split(line)
     words = words[: words.index(">")] if ">" in words else words
+    if words[0] in LAUNCHERS:
+        words = words[words.index("-m") + 1 :]
     assert words[0] == "alignkit", f"{line}: neither alignkit's nor in ELSEWHERE"
     verb, rest = words[1], words[2:]
     if line in RUN_HERE:
@@ -204,7 +207,7 @@ def test_every_fence_of_commands_is_read() -> None:
         assert text.count("```") == 2 * len(fences) + text.count("````")
         for language, block in fences:
             if language != "bash":
-                assert not re.search(r"^(alignkit|make|python) ", block, re.M), page
+                assert not re.search(r"^(alignkit|make|python|torchrun|accelerate) ", block, re.M), page
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from group import together
+from group import spawned, together
 from running import SMALL_CAUSAL, SMALL_RL, SMALL_RUN, SMALL_SEQ2SEQ, command, composed, lines, train
 from safetensors.torch import load_file
 
@@ -25,6 +25,7 @@ METHODS = {  # as many micro-batches as can be, so that every rank has some; wit
     "ppo": ["+algo=ppo", *TRANSLATE, *RL, "algo.prompts_per_step=6", "algo.kl=0.1", "algo.minibatches=2"],
     "grpo": ["+algo=grpo", "data=arithmetic", "reward=chrf", *SMALL_CAUSAL, *RL],
     "reinforce": ["+algo=reinforce", *TRANSLATE, *RL, "algo.prompts_per_step=1", "algo.k=2"],  # one group: the other ranks have none
+    "lora": ["+algo=grpo", "data=arithmetic", "reward=chrf", *SMALL_CAUSAL, *RL, "model.lora.r=4", "algo.kl=0.05"],
     "dpo": ["+algo=dpo", "data=polite", *SMALL_CAUSAL, *SMALL_RUN, *FIVE, "algo.batch_size=6", "algo.lr=1e-2",
             "algo.max_response_tokens=24"],
     "pcrm": ["+algo=pcrm", *SMALL_RUN, *FIVE, "algo.batch_size=6", "algo.lr=1e-2", "model.config.hidden_dropout_prob=0",
@@ -54,15 +55,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for words in METHODS.values():
         train(root / "1", *words)
     for count in (2, 4):
-        together(count, [[*words, f"run.root={root}/{count}"] for words in METHODS.values()], root)
+        each = [[*words, f"run.root={root}/{count}"] for words in METHODS.values()]
+        each += [[*words, f"run.root={root}/{count}-sharded", "run.shard=true"] for words in METHODS.values()]
+        together(count, each, root)
     return root
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("how", ["2", "4", "2-sharded", "4-sharded"])
 @pytest.mark.parametrize("name", METHODS)
-def test_the_number_of_processes_changes_nothing(runs: Path, name: str, count: int) -> None:
+def test_the_number_of_processes_changes_nothing(runs: Path, name: str, how: str) -> None:
+    """Nor does it that each has only a part of the layers (FSDP2)."""
     weights, log, result = found_in(runs / "1", METHODS[name])
-    more, their_log, their_result = found_in(runs / str(count), METHODS[name])
+    more, their_log, their_result = found_in(runs / how, METHODS[name])
     assert apart(weights, more) < 1e-5
     assert (
         apart(weights, more) > 0 or name == "reinforce"
@@ -104,16 +108,17 @@ def until(holds: Any, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_process_ends_all_and_the_command_goes_on_with_any_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["run.shard=false", "run.shard=true"])
+def test_a_killed_process_ends_all_and_the_command_goes_on_with_any_number(tmp_path: Path, shard: str) -> None:
     """SIGKILL to one of two in the middle; the same command in one process, stopped again, and at last in four."""
     words = [*METHODS["esrl"], "run.save_every=1", "algo.steps=30", "evaluate.every=0"]
     folder = Path(composed([*words, f"run.root={tmp_path}"]).run.dir)
-    process = started(tmp_path, *words, "run.processes=2")
+    process = started(tmp_path, *words, "run.processes=2", shard)
     until(lambda: (folder / "checkpoint-4" / "state" / "run.json").exists(), process)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     begun = time.monotonic()
     _, said = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 40
     assert process.returncode == 2
     assert "process 1 of 2 was killed (SIGKILL); the others were stopped. Repeat the command" in said
     assert "Traceback" not in said
@@ -123,7 +128,7 @@ def test_a_killed_process_ends_all_and_the_command_goes_on_with_any_number(tmp_p
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 130
-    done = command("train", *words, f"run.root={tmp_path}", "run.processes=4")
+    done = command("train", *words, f"run.root={tmp_path}", "run.processes=4", shard)
     assert done.returncode == 0, done.stderr
     weights, log, result = found_in(tmp_path, words)
     train(tmp_path / "whole", *words)
@@ -174,10 +179,10 @@ def test_one_that_hangs_ends_all_with_its_stack(tmp_path: Path) -> None:
         "        return [float(len(r)) for r in batch.responses]\n",
         encoding="utf-8",
     )
-    words = [w for w in METHODS["reinforce"] if w != "algo.prompts_per_step=1"]
+    words = [w for w in METHODS["reinforce"] if w not in ("algo.prompts_per_step=1", "reward=chrf")]
     begun = time.monotonic()
     done = command(
-        "train", *words, "algo.prompts_per_step=4", "reward=stuck", "--config-dir", str(tmp_path), "run.patience=15",
+        "train", "--config-dir", str(tmp_path), *words, "algo.prompts_per_step=4", "reward=stuck", "run.patience=15",
         f"run.root={tmp_path}", "run.processes=2", "evaluate.every=0", "evaluate.test=false",
     )  # fmt: skip
     assert time.monotonic() - begun < 120
@@ -198,3 +203,13 @@ def test_a_stage_whose_work_is_not_shared_runs_in_one_process(
         "run.processes=2",
     )
     assert "run.processes=2: stage study runs in one process" in capsys.readouterr().err
+
+
+def test_each_process_holds_a_part_of_the_layers_and_saves_all(tmp_path: Path) -> None:
+    """Parts of all ranks make up the layers; whole again, the model gives the logits and the state that it had."""
+    found = spawned(3, tmp_path)
+    whole, shared = found[0]["weights"], found[0]["shared"]
+    assert sum(one["own"] - shared for one in found) == whole - shared
+    assert all(one["own"] - shared <= 0.4 * (whole - shared) for one in found)
+    for one in found:
+        assert one["same"] and one["whole_again"] and one["apart_again"] == one["own"]
