@@ -44,8 +44,9 @@ def run(cfg: DictConfig, count: int) -> None:
         }  # fmt: skip
         if cfg.run.threads is None:
             shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
-        children = [
-            subprocess.Popen(command, env={**shared, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(count)
+        children = [  # in sessions of their own: Ctrl-C at a terminal comes to this process alone, which hands it on
+            subprocess.Popen(command, env={**shared, "RANK": str(i), "LOCAL_RANK": str(i)}, start_new_session=True)
+            for i in range(count)
         ]
         codes = _look_after(children)
         told = [Path(folder) / f"error-{i}.json" for i in range(count)]
@@ -64,14 +65,12 @@ def run(cfg: DictConfig, count: int) -> None:
 
 
 def _look_after(children: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes; 0 also of those that were stopped because another one had failed.
-
-    Ctrl-C reaches all from the terminal, SIGTERM is handed on: they save and stop by themselves.
-    """
+    """Exit codes; 0 also of those that were stopped because another one had failed. Ctrl-C and SIGTERM are handed on: all save and stop
+    by themselves."""
 
     def ask(number: int, frame: Any) -> None:
-        for child in children if number == signal.SIGTERM else ():
-            child.terminate()
+        for child in children:
+            child.send_signal(number)
 
     old = {}
     if threading.current_thread() is threading.main_thread():
@@ -79,9 +78,7 @@ def _look_after(children: list[subprocess.Popen[bytes]]) -> list[int]:
     try:
         while not any(codes := [child.poll() for child in children]) and None in codes:
             time.sleep(0.05)
-        until = (
-            time.monotonic() + GRACE
-        )  # an error, a stop, a watchdog, that another one is gone: all end by themselves
+        until = time.monotonic() + GRACE  # after an error, a stop, or when one is gone, the others end by themselves
         while None in [child.poll() for child in children] and time.monotonic() < until:
             time.sleep(0.05)
         return [child.returncode or 0 for child in children]

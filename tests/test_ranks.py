@@ -138,12 +138,13 @@ def test_a_killed_process_ends_all_and_the_command_goes_on_with_any_number(tmp_p
     assert result["resumes"] == 2
 
 
-def test_ctrl_c_stops_all_after_the_step(tmp_path: Path) -> None:
-    """SIGTERM to the one that started them is handed on; each saves nothing or the same, and the message says how to go on."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_after_the_step(tmp_path: Path, number: signal.Signals) -> None:
+    """What the one that started them is sent is handed on; all stop after the same step, and the message says how to go on."""
     process = started(tmp_path, *METHODS["esrl"], "run.processes=2", "algo.steps=500")
     folder = Path(composed([*METHODS["esrl"], "algo.steps=500", f"run.root={tmp_path}"]).run.dir)
     until(lambda: (folder / "metrics.jsonl").exists() and len(lines(folder / "metrics.jsonl")) > 1, process)
-    process.terminate()
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped after step" in said and "Repeat the command to go on" in said
