@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from alignkit.batch import Batch
 from alignkit.data import Row
@@ -180,7 +179,7 @@ class Reader:
         cast = {
             f"model.{name}": p.to(self.compute)
             for name, p in model.named_parameters()
-            if not isinstance(p, DTensor)  # layers that are apart cast for themselves
+            if not (self.shards and self.shards.is_apart(p))  # such a layer casts for itself
         }
         cast |= {
             f"model.{name}": b.to(self.compute)

@@ -61,7 +61,13 @@ class Shards:
         return part
 
     def is_part(self, p: Tensor) -> bool:
+        """Whether it is what ``own`` has given of a layer's weight."""
         return id(p) in self._own
+
+    @staticmethod
+    def is_apart(p: Tensor) -> bool:
+        """Whether it is a layer's weight of which each rank has its part now."""
+        return isinstance(p, DTensor)
 
     def apart(self) -> None:
         """Each rank keeps its part alone."""
