@@ -26,6 +26,7 @@ METHODS = {  # as many micro-batches as can be, so that every rank has some; wit
     "grpo": ["+algo=grpo", "data=arithmetic", "reward=chrf", *SMALL_CAUSAL, *RL],
     "reinforce": ["+algo=reinforce", *TRANSLATE, *RL, "algo.prompts_per_step=1", "algo.k=2"],  # one group: the other ranks have none
     "lora": ["+algo=grpo", "data=arithmetic", "reward=chrf", *SMALL_CAUSAL, *RL, "model.lora.r=4", "algo.kl=0.05"],
+    "bfloat16": ["+algo=grpo", "data=arithmetic", "reward=chrf", *SMALL_CAUSAL, *RL, "model.compute=bfloat16"],
     "dpo": ["+algo=dpo", "data=polite", *SMALL_CAUSAL, *SMALL_RUN, *FIVE, "algo.batch_size=6", "algo.lr=1e-2",
             "algo.max_response_tokens=24"],
     "pcrm": ["+algo=pcrm", *SMALL_RUN, *FIVE, "algo.batch_size=6", "algo.lr=1e-2", "model.config.hidden_dropout_prob=0",
