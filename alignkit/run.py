@@ -36,6 +36,7 @@ from alignkit.progress import Progress
 from alignkit.rewards import Reward
 from alignkit.tracking import Tracker
 
+TWICE = 0.5  # seconds within which two signals are one: a scheduler may tell a process what its parent hands on to it
 TRAINING = (
     "loss",
     "reward",
@@ -148,12 +149,16 @@ class Run:
 
     @contextmanager
     def training(self, steps: int) -> Iterator[None]:
-        """Show the bar; turn the first Ctrl-C or SIGTERM into a stop after the step, the second into one at once."""
+        """Show the bar; turn the first Ctrl-C or SIGTERM into a stop after the step, a later one into one at once."""
+        asked = 0.0
 
         def ask(signum: int, frame: Any) -> None:
+            nonlocal asked
             if self.stop_asked:
-                raise KeyboardInterrupt
-            self.stop_asked = True
+                if time.monotonic() - asked > TWICE:
+                    raise KeyboardInterrupt
+                return
+            self.stop_asked, asked = True, time.monotonic()
             self.progress.say("stopping after this step (again: at once) …")
 
         old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -68,15 +68,15 @@ def test_the_number_of_processes_changes_nothing(runs: Path, name: str, how: str
     """Nor does it that each has only a part of the layers (FSDP2)."""
     weights, log, result = found_in(runs / "1", METHODS[name])
     more, their_log, their_result = found_in(runs / how, METHODS[name])
-    assert apart(weights, more) < 1e-5
-    assert (
-        apart(weights, more) > 0 or name == "reinforce"
-    )  # the sums are not in the same order, unless one rank has all
+    rough = name == "bfloat16"  # where layers are apart, passes have other shapes, and round otherwise
+    assert apart(weights, more) < (1e-2 if rough else 1e-5)
+    # sums in another order, unless one rank has it all, or they are rounded away
+    assert apart(weights, more) > 0 or name in ("reinforce", "bfloat16")
     assert [x["step"] for x in log] == [x["step"] for x in their_log]
     for one, other in zip(log, their_log, strict=True):
         for key in ("loss", "reward", "grad_norm", "kl", "dev/reward", "preference_accuracy"):
             assert (key in one) == (key in other), key
-            assert other.get(key, 0.0) == pytest.approx(one.get(key, 0.0), rel=1e-3, abs=1e-5), key
+            assert other.get(key, 0.0) == pytest.approx(one.get(key, 0.0), rel=1e-2 if rough else 1e-3, abs=1e-5), key
     assert their_result["samples"] == result["samples"] and their_result["tokens"] == result["tokens"]
 
 
