@@ -578,6 +578,7 @@ def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Le
     if asked:
         phases["start model"] = [*held, ("its weights", sum(one.weights for one in asked))]
     new = cfg.evaluate.max_new_tokens if cfg.stage != "rl" and cfg.stage != "refine" else algo.max_new_tokens
+    new += getattr(algo, "max_feedback_tokens", 0)  # behind the draft
     if cfg.stage in ("rl", "refine", "evaluate") or (cfg.stage in ("sft", "pref") and cfg.evaluate.every):
         if cfg.stage == "rl":
             at_once = algo.prompts_per_step * samples_of(algo)[0]

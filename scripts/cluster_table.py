@@ -1,4 +1,4 @@
-"""Memory and GPU hours of the paper-scale presets, as a dry run estimates them: the table of docs/howto/cluster.md.
+"""Memory and time of the paper-scale presets, as a dry run estimates them: the table of docs/howto/cluster.md.
 
     python scripts/cluster_table.py
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,35 +43,42 @@ SRT = {  # step → rows, and tokens: mean prompt, mean response, longest prompt
     "collect": (25_000, Lengths(150, 300, 1024, 2048)), "sft": (22_000, Lengths(150, 900, 1024, 4096)),
     "self": (75_000, Lengths(150, 300, 1024, 2048)), "dpo": (63_000, Lengths(150, 350, 1024, 3072)),
 }  # fmt: skip
-CASES: list[tuple[str, str, str, int, Lengths]] = [  # preset, step of a pipeline, shape, rows, tokens
+LORA = ["model.lora.r=16", "model.dtype=bfloat16", "model.compute=same"]  # ours, not the papers'
+CASES: list[tuple[Any, ...]] = [  # preset, step of a pipeline, shape, rows, tokens, further words
     ("esrl_iwslt", "sft", "Transformer", 206_000, Lengths(30, 30, 128, 256)),
     ("esrl_iwslt", "esrl", "Transformer", 206_000, Lengths(30, 30, 128, 256)),
     ("esrl_cnndm", "sft", "BART base", 287_000, Lengths(700, 75, 1000, 1140)),
     ("esrl_cnndm", "esrl", "BART base", 287_000, Lengths(700, 75, 1000, 1140)),
     ("esrl_rlhf", "", "7B", 0, Lengths(300, 256, 768, 1024)),
     ("pcrm_alpaca_len", "", "7B", 9_700, Lengths(100, 100, 384, 512)),
+    ("pcrm_alpaca_len", "", "7B", 9_700, Lengths(100, 100, 384, 512), *LORA),
     ("pcrm_tldr_len", "", "7B", 93_000, Lengths(400, 40, 900, 1024)),
     ("pcrm_dpo_len", "", "7B", 9_700, Lengths(100, 100, 384, 512)),
     ("pcrm_ppo_alpaca", "", "7B", 0, Lengths(100, 384, 256, 640)),
+    ("pcrm_ppo_alpaca", "", "7B", 0, Lengths(100, 384, 256, 640), *LORA, "reward.dtype=bfloat16"),
     ("pcrm_ppo_tldr", "", "7B", 0, Lengths(400, 256, 768, 1024)),
     *((f"srt_tulu2_{size.lower()}", step, "7B" if step == "collect" else size, *SRT[step]) for size in ("7B", "13B", "70B")
       for step in SRT if size == "7B" or step != "collect"),
 ]  # fmt: skip
 
 
-def composed(words: list[str]) -> DictConfig:
+@cache
+def composed(*words: str) -> DictConfig:
     """What ``alignkit train WORDS`` composes; what the words leave open is no matter here."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("config", hydra_words(words))
-        return compose("config", hydra_words([*words, *(f"{key}=given" for key in OmegaConf.missing_keys(cfg))]))
+        cfg = compose("config", hydra_words([*words]))
+        open_ = OmegaConf.missing_keys(cfg)
+        return cfg if not open_ else compose("config", hydra_words([*words, *(f"{key}=given" for key in open_)]))
 
 
-def estimate(preset: str, step: str, shape: str, rows: int, lengths: Lengths) -> tuple[dict[str, float], gpus.Work]:
+def estimate(
+    preset: str, step: str, shape: str, rows: int, lengths: Lengths, *words: str
+) -> tuple[dict[str, float], gpus.Work]:
     """(bytes by phase, work) of one training."""
     os.environ.setdefault("OPENAI_API_KEY", "none")  # no request is sent
-    cfg = composed([f"+preset={preset}"])
+    cfg = composed(f"+preset={preset}", *([] if step else words))
     if step:
-        cfg = composed(pipeline.steps(cfg)[step])
+        cfg = composed(*pipeline.steps(cfg)[step], *words)
     algo = launch._build(cfg.algo, "algo")
     model: Any = OmegaConf.to_object(cfg.model)
     model.path, model.config, model.device, model.tokenizer = None, SHAPES[shape], "meta", "bundled:translation"
@@ -93,15 +101,15 @@ def table() -> str:
         + " |",
         "|---" * (5 + len(gpus.GPUS)) + "|",
     ]
-    for preset, step, shape, rows, lengths in CASES:
-        phases, work = estimate(preset, step, shape, rows, lengths)
+    for preset, step, shape, rows, lengths, *words in CASES:
+        phases, work = estimate(preset, step, shape, rows, lengths, *words)
         need = ", ".join(f"{name} {amount / 1e9:,.0f}" for name, amount in phases.items())
         cells = []
         for gpu in gpus.GPUS:
-            hours = f"{work.seconds(gpu) / 3600:,.1f} h"
+            hours = dry_run._clock(work.seconds(gpu))
             cells.append(hours if all(map(gpu.holds, phases.values())) else f"({hours})")
         tokens = f"{lengths.prompt:.0f} + {lengths.response:.0f} ({lengths.longest})"
-        name = f"`{preset}`" + (f", {step}" if step else "")
+        name = f"`{preset}`" + (f", {step}" if step else "") + (", LoRA" if words else "")
         lines.append(
             f"| {name} | {shape} | {f'{rows:,}' if rows else 'any'} | {tokens} | {need} | {' | '.join(cells)} |"
         )
