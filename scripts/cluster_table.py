@@ -49,7 +49,7 @@ CASES: list[tuple[Any, ...]] = [  # preset, step of a pipeline, shape, rows, tok
     ("esrl_iwslt", "esrl", "Transformer", 206_000, Lengths(30, 30, 128, 256)),
     ("esrl_cnndm", "sft", "BART base", 287_000, Lengths(700, 75, 1000, 1140)),
     ("esrl_cnndm", "esrl", "BART base", 287_000, Lengths(700, 75, 1000, 1140)),
-    ("esrl_rlhf", "", "7B", 0, Lengths(300, 256, 768, 1024)),
+    ("esrl_ppo_llama", "", "7B", 0, Lengths(300, 256, 768, 1024)),
     ("pcrm_alpaca_len", "", "7B", 9_700, Lengths(100, 100, 384, 512)),
     ("pcrm_alpaca_len", "", "7B", 9_700, Lengths(100, 100, 384, 512), *LORA),
     ("pcrm_tldr_len", "", "7B", 93_000, Lengths(400, 40, 900, 1024)),
