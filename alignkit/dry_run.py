@@ -2,12 +2,13 @@
 
 Models are built on torch's meta device: they have their shapes, and no weights. So what is said of memory is an estimate, made
 as the lines themselves say; that of activations is 34 bytes a token, layer and width in 16 bits (arXiv 2205.05198, without the
-attention matrix, which is not kept), twice that in float32.
+attention matrix, which is not kept), twice that in float32. ``gpus.py`` says what is assumed of GPUs.
 """
 
 from __future__ import annotations
 
 import atexit
+import copy
 import json
 import math
 import os
@@ -18,8 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
 
+from alignkit import gpus
 from alignkit.config import check, whole
 from alignkit.data import Data, Row
 from alignkit.errors import UserError
@@ -27,6 +30,7 @@ from alignkit.report.collect import _flat, differing
 
 LOOKED_AT = 512  # rows whose lengths are measured: the longest, by characters, and others spread evenly
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SMALL = 1e9  # bytes that every GPU has: of a run that needs less, there is no table of them
 
 
 @dataclass
@@ -100,17 +104,91 @@ def dry_words(words: list[str]) -> list[str]:
     """The words of a sweep without what Hydra and its callback would write: jobs run here, in turn.
 
     Raises:
-        UserError: a sweeper that needs results.
+        UserError: a sweeper that needs results, a launcher that is not installed.
     """
     sweeper = next((w for w in words if w.startswith("hydra/sweeper=")), None)
     if sweeper not in (None, "hydra/sweeper=basic"):
         raise UserError(f"--dry-run: {sweeper} chooses jobs by their results, of which there are none. Leave it out.")
     if not {"-m", "--multirun"} & set(words):
         return words
-    words = [w for w in words if not w.startswith("hydra/launcher=")]
+    launcher = next((w.partition("=")[2] for w in words if w.startswith("hydra/launcher=")), "")
+    if launcher.startswith("submitit"):
+        try:
+            import hydra_plugins.hydra_submitit_launcher  # noqa: F401
+        except ImportError:
+            raise UserError(
+                f"hydra/launcher={launcher}: hydra-submitit-launcher is not installed: pip install 'alignkit[slurm]'."
+            ) from None
     folder = tempfile.mkdtemp(prefix="alignkit-dry-run-")  # Hydra notes the sweep in it
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return [*words, f"hydra.sweep.dir={folder}", "~hydra.callbacks.sweep"]
+    return [*words, f"hydra.sweep.dir={folder}", "hydra.callbacks.sweep._target_=alignkit.dry_run.Launching"]
+
+
+class Launching(Callback):
+    """Hydra's callback in the place of the sweep's: says what the launcher would do, and has the jobs looked at here instead."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        from alignkit.sweep import Sweep
+
+        scratch, sweep = Path(config.hydra.sweep.dir), Sweep()
+        real = copy.deepcopy(config)
+        with open_dict(real):
+            real.run.root = str(scratch)  # where it may clear up
+            sweep.on_multirun_start(real)  # finds out the jobs and the name
+            sweep.let_go()
+            assert sweep.folder is not None
+            real.hydra.sweep.dir = str(Path(config.run.root) / sweep.folder.relative_to(scratch))
+            config.hydra.launcher = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
+        name = real.hydra.runtime.choices["hydra/launcher"]
+        if name != "basic":
+            given: Any = OmegaConf.to_container(real.hydra.launcher, resolve=True)
+            size = real.hydra.sweeper.max_batch_size or len(sweep.jobs)
+            print(f"{launching(name, given, len(sweep.jobs), size)}\n", flush=True)
+
+
+def launching(name: str, given: dict[str, Any], jobs: int, at_once: int) -> str:
+    """What a launcher would do with the jobs of a sweep.
+
+    Args:
+        given: its settings, as Hydra composes them.
+        at_once: jobs that the sweeper hands it together, and waits for.
+    """
+    batches = [min(at_once, jobs - i) for i in range(0, jobs, at_once)]
+    told = f"launcher    {name}: {jobs} job{'s' if jobs > 1 else ''}" + (
+        f", {at_once} at a time" if len(batches) > 1 else ""
+    )
+    if name == "submitit_local":
+        n = given["tasks_per_node"]
+        seen = (
+            f"each sees the first {given['gpus_per_node']} GPUs of this machine"
+            if given["gpus_per_node"]
+            else "none sees a GPU (hydra.launcher.gpus_per_node=1 shows each of them the first)"
+        )
+        return (
+            f"{told}; {batches[0] * n} processes on this machine, started together and ended after {given['timeout_min']} minutes "
+            f"(hydra.launcher.timeout_min); {seen}. Their output: {given['submitit_folder']}."
+        )
+    if name != "submitit_slurm":
+        return f"{told}, {', '.join(f'{k}={v}' for k, v in given.items() if v is not None and k != '_target_')}."
+    from submitit.slurm.slurm import SlurmExecutor
+
+    class Here(SlurmExecutor):
+        """Submits nothing, so it needs no srun."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 1
+
+    executor = Here(given["submitit_folder"], max_num_timeout=given["max_num_timeout"])
+    own = {
+        k: v for k, v in given.items() if v is not None and k not in ("_target_", "submitit_folder", "max_num_timeout")
+    }
+    executor._internal_update_parameters(**executor._convert_parameters(own))
+    if batches[0] > 1:
+        executor.parameters["map_count"] = batches[0]  # as map_array does
+    script = executor._make_submission_file_text(executor._submitit_command_str, "")
+    which = "the first script" if len(batches) > 1 else "the script"
+    return f"{told}. Nothing is submitted; {which} that sbatch would be given:\n\n{script}"
 
 
 def _already(directory: Path) -> str:
@@ -161,7 +239,10 @@ def _single(cfg: DictConfig, found: Found) -> None:
     _say_steps(cfg, algo, prepared, rows, lengths, found)
     if reader is not None:
         _say_models(reader, cfg, [*more, *learned], found)
-        _say_memory(cfg, algo, reader, [*more, *learned], lengths, found)
+        phases = needs(cfg, algo, reader, [*more, *learned], lengths)
+        sides = len(data.sides) if prepared and "chosen" in prepared[0] and cfg.stage in ("pref", "rm") else 1
+        _say_memory(phases, found)
+        _say_gpus(phases, work_of(cfg, algo, reader, [*more, *learned], lengths, len(prepared), sides), found)
         _say_disk(cfg, reader, more, found)
     _say_time(cfg, algo, len(prepared), found)
     if reader is not None and (prepared or rows):
@@ -280,6 +361,11 @@ def _models(cfg: DictConfig, data: Data, algo: Any, train: list[Row], found: Fou
             f"{what}, and with it parameters, memory, disk and lengths: {' '.join(str(e).split())[:200]}"
         )
         return None, []
+    return reader, beside(cfg, algo, reader)
+
+
+def beside(cfg: DictConfig, algo: Any, reader: Any) -> list[Held]:
+    """The models that a run holds beside the one that is trained or read."""
     more = []
     width = BYTES[cfg.model.dtype]
     critic = getattr(algo, "critic", None) if cfg.stage == "rl" else None
@@ -305,7 +391,7 @@ def _models(cfg: DictConfig, data: Data, algo: Any, train: list[Row], found: Fou
     base = getattr(reader, "base", None)
     if base is not None and hasattr(base, "model"):
         more.append(Held("frozen base", _count(base.model.parameters()), 0, width))
-    return reader, more
+    return more
 
 
 def _build_reader(cfg: DictConfig, model: Any, algo: Any, texts: list[str]) -> Any:
@@ -466,8 +552,11 @@ def _tested(cfg: DictConfig) -> str:
     return "before and after" if cfg.model.path or cfg.stage == "rl" else "after"
 
 
-def _say_memory(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Lengths, found: Found) -> None:
-    """An estimate a phase: what is held, and what the largest micro-batch needs besides."""
+Phases = dict[str, list[tuple[str, float]]]
+
+
+def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Lengths) -> Phases:
+    """Phase → (what, bytes): what is held, and what the largest micro-batch needs besides; an estimate."""
     all_of_it, trained = _own(reader, cfg)
     width = BYTES[cfg.model.dtype]
     own = Held("model", all_of_it, trained, width)
@@ -480,7 +569,7 @@ def _say_memory(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengt
     gradients = sum(one.trained * one.width for one in models)
     vocabulary = int(getattr(reader.model.config, "vocab_size", 0) or 0)
     layers, size = reader.depth * (2 if reader.kind == "seq2seq" else 1), reader.width
-    phases: dict[str, list[tuple[str, float]]] = {}
+    phases: Phases = {}
     held = [
         ("weights", weights),
         *([("moments", moments)] if moments else []),
@@ -489,6 +578,7 @@ def _say_memory(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengt
     if asked:
         phases["start model"] = [*held, ("its weights", sum(one.weights for one in asked))]
     new = cfg.evaluate.max_new_tokens if cfg.stage != "rl" and cfg.stage != "refine" else algo.max_new_tokens
+    new += getattr(algo, "max_feedback_tokens", 0)  # behind the draft
     if cfg.stage in ("rl", "refine", "evaluate") or (cfg.stage in ("sft", "pref") and cfg.evaluate.every):
         if cfg.stage == "rl":
             at_once = algo.prompts_per_step * samples_of(algo)[0]
@@ -496,11 +586,7 @@ def _say_memory(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengt
             at_once = algo.rows_per_part * samples_of(algo)[0]
         else:
             at_once = cfg.evaluate.batch_size
-        config = reader.model.config
-        heads = getattr(config, "num_key_value_heads", None)
-        head = getattr(config, "head_dim", None) or size // max(1, getattr(config, "num_attention_heads", 1) or 1)
-        keys = (heads * head) if heads else size
-        cache = at_once * (lengths.longest_prompt + new) * reader.depth * 2 * keys * computing
+        cache = at_once * (lengths.longest_prompt + new) * _cached(reader) * computing
         name = "sample" if cfg.stage in ("rl", "refine") else "evaluate"
         phases[name] = [*held, (f"cache of {at_once} responses at full length", cache)]
     if trained:
@@ -521,6 +607,10 @@ def _say_memory(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengt
             *held, ("gradients", gradients), (f"activations of {tokens:,} tokens", activations),
             *([("their logits and the gradient of these", logits)] if logits else []),
         ]  # fmt: skip
+    return phases
+
+
+def _say_memory(phases: Phases, found: Found) -> None:
     for name, parts in phases.items():
         text = ", ".join(f"{what} {_size(amount)}" for what, amount in parts)
         found.say(f"{name} needs", f"about {_size(sum(a for _, a in parts))}: {text}.")
@@ -530,6 +620,82 @@ def _say_memory(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengt
             "            token, layer and width in 16 bits (68 in float32), at the longest rows and the full micro-batch; not what the\n"
             "            libraries and the allocator hold themselves."
         )
+
+
+def _cached(reader: Any) -> int:
+    """Numbers that decoding keeps of a token: keys and values of every layer."""
+    config = reader.model.config
+    heads = getattr(config, "num_key_value_heads", None)
+    head = getattr(config, "head_dim", None) or reader.width // max(1, getattr(config, "num_attention_heads", 1) or 1)
+    return int(reader.depth * 2 * (heads * head if heads else reader.width))
+
+
+def work_of(
+    cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Lengths, rows: int, sides: int
+) -> gpus.Work | None:
+    """What a run computes, at most: every response at full length, evaluation, rewards by rule and requests not counted.
+
+    Of an encoder–decoder half the weights see the prompt, half the response.
+
+    Args:
+        sides: responses a row that are learned from.
+    """
+    steps = steps_of(cfg, algo, rows)
+    if steps is None or cfg.stage == "select" or not lengths.longest:
+        return None
+    all_of_it, trained = _own(reader, cfg)
+    half = 2 if reader.kind == "seq2seq" else 1
+    learn = 4 * all_of_it + 2 * trained + (2 * all_of_it if cfg.model.gradient_checkpointing else 0)
+    learn += sum(6 * one.parameters for one in more if one.trained)
+    ask = sum(2 * one.parameters for one in more if not one.trained)
+    width = 2 if cfg.model.compute == "bfloat16" else BYTES[cfg.model.dtype]
+    work = gpus.Work()
+    if cfg.stage in ("rl", "refine"):
+        new, count = algo.max_new_tokens, samples_of(algo)[0]
+        if hasattr(algo, "max_feedback_tokens"):  # criticises itself: the draft, and each rewrite anew
+            new += (algo.rounds + 1) * algo.max_feedback_tokens
+        prompts = algo.prompts_per_step if cfg.stage == "rl" else algo.rows_per_part
+        if getattr(algo, "drafts", None):
+            return None  # the drafts are there already
+        work = gpus.decoding(
+            steps, prompts * count, lengths.prompt, new, all_of_it // half, _cached(reader) * width, width
+        )
+        work.operations = steps * prompts * lengths.prompt * 2 * all_of_it / half
+        tokens = steps * prompts * count * (lengths.prompt + new)
+        if cfg.stage == "rl":
+            ask += sum(2 * one.parameters for one in more if one.trained)  # values, before the update
+            work.operations += tokens * (ask + algo.epochs * learn) / half
+        else:
+            work.operations += tokens * ask / half
+    else:
+        tokens = steps * algo.batch_size * sides * (lengths.prompt + lengths.response)
+        work.operations = tokens * (ask + learn) / half
+    work.bfloat16 = width == 2
+    return work
+
+
+def most_of(phases: Phases) -> dict[str, float]:
+    """Phase → bytes."""
+    return {name: sum(amount for _, amount in parts) for name, parts in phases.items()}
+
+
+def _say_gpus(phases: Phases, work: gpus.Work | None, found: Found) -> None:
+    """A table of GPUs, of a run that not every one of them holds with ease."""
+    most = most_of(phases)
+    if max(most.values(), default=0.0) < SMALL:
+        return
+    lines = [["GPU", *most, "time"]]
+    for gpu in gpus.GPUS:
+        time = "–" if work is None else _clock(work.seconds(gpu))
+        fits = all(gpu.holds(need) for need in most.values())
+        lines.append(
+            [gpu.name, *("fits" if gpu.holds(need) else "no" for need in most.values()), time if fits else f"({time})"]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for i, line in enumerate(lines):
+        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        found.say("fits on" if i == 0 else "", text)
+    found.lines += [f"            {line}" for line in (*gpus.ASSUMED, "In brackets: of a GPU as fast that held it.")]
 
 
 def _say_disk(cfg: DictConfig, reader: Any, more: list[Held], found: Found) -> None:

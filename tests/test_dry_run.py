@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import runpy
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +16,13 @@ from typing import Any
 import pytest
 from running import SMALL_CAUSAL, SMALL_RL, SMALL_RUN, SMALL_SEQ2SEQ, SMALL_SFT, command, composed, train
 
-from alignkit.config import Model
-from alignkit.dry_run import Held, _clock, _size, steps_of
+from alignkit import gpus
+from alignkit.config import Model, check
+from alignkit.dry_run import Held, Lengths, _clock, _size, steps_of, work_of
 from alignkit.loading import device_of
 from alignkit.policy import load
 
+ROOT = Path(__file__).parent.parent
 Cli = Callable[..., tuple[int, str, str]]
 FIT = [*SMALL_SFT, *SMALL_CAUSAL]
 
@@ -233,3 +240,137 @@ def test_steps_over_rows() -> None:
     assert steps_of(cfg, SFT(epochs=2, batch_size=4), 10) == 5
     assert steps_of(cfg, SFT(epochs=2, batch_size=4), 0) is None
     assert device_of("cpu") == "cpu"
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------
+
+SLURM = ["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=1", "hydra.launcher.timeout_min=600",
+         "hydra.launcher.mem_gb=64", "+hydra.launcher.additional_parameters.signal=TERM@300"]  # fmt: skip
+
+
+def test_the_slurm_script_is_the_one_that_is_submitted(tmp_path: Path) -> None:
+    """On a machine without sbatch; then with one, which keeps what it is given and has no queue."""
+    words = ["train", *SLURM, *FIT, "seed=1,2", "algo.lr=1e-3,1e-4"]
+    dry = command(*words, "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    clean(tmp_path)
+    script = "#!/bin/bash" + dry.stdout.split("#!/bin/bash")[1].split("\n\n\n")[0]
+    for flag in ("array=0-3%4", "gpus-per-node=1", "time=600", "mem=64GB", "signal=TERM@300", "ntasks-per-node=1"):
+        assert f"#SBATCH --{flag}\n" in script
+    assert "submitit_slurm: 4 jobs. Nothing is submitted" in dry.stdout
+    assert re.findall(r"stage sft, seed (\d)", dry.stdout) == ["1", "1", "2", "2"]
+    (tmp_path / "bin").mkdir()
+    for name, line in (("srun", "exit 1"), ("sbatch", f'cp "$1" {tmp_path}/given.sh; exit 1')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    real = command(*words, cwd=tmp_path, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert real.returncode != 0
+    assert (tmp_path / "given.sh").read_text().strip() == script.strip()
+
+
+def test_processes_of_this_machine_are_counted(tmp_path: Path) -> None:
+    words = ["-m", "hydra/launcher=submitit_local", "hydra.sweeper.max_batch_size=2", *FIT, "seed=1,2,3", "--dry-run"]
+    done = command("train", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = line(done.stdout, "launcher")
+    assert told.startswith("submitit_local: 3 jobs, 2 at a time; 2 processes on this machine, started together")
+    assert "after 60 minutes" in told and "none sees a GPU" in told
+    assert re.findall(r"stage sft, seed (\d)", done.stdout) == ["1", "2", "3"]
+    clean(tmp_path)
+
+
+def test_a_launcher_that_is_not_installed(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['hydra_plugins.hydra_submitit_launcher'] = None; from alignkit.cli import main; main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", *SLURM, *FIT, "--dry-run"], capture_output=True, text=True, cwd=tmp_path,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "pip install 'alignkit[slurm]'" in done.stderr and "Traceback" not in done.stderr
+    clean(tmp_path)
+
+
+# ---- GPUs ------------------------------------------------------------------------------------------------------
+
+
+def test_time_and_memory_of_a_gpu_by_hand() -> None:
+    """A peak of 100 a second, of which 30 are assumed; of 20 bytes a second half; of 10 bytes 9 are used."""
+    gpu = gpus.GPU("x", 10, 100, 50, 20)
+    assert gpu.holds(9) and not gpu.holds(9.01)
+    assert gpus.Work(operations=60, bfloat16=True).seconds(gpu) == pytest.approx(2)
+    assert gpus.Work(operations=60).seconds(gpu) == pytest.approx(4)
+    assert gpus.Work(operations=60, decoded=30, read=50, bfloat16=True).seconds(gpu) == pytest.approx(2 + 5)
+    assert gpus.Work(decoded=300, read=50, bfloat16=True).seconds(gpu) == pytest.approx(10)
+    # twice 10 tokens of 3 responses, 200 operations each; 20 passes over 100 weights of 2 bytes and 3 caches of 4 + 5 tokens, on average
+    work = gpus.decoding(steps=2, responses=3, prompt=4, new=10, weights=100, cache=8, width=2)
+    assert (work.decoded, work.read) == (12000, 20 * (200 + 3 * 9 * 8))
+
+
+def test_the_work_of_a_run_by_hand() -> None:
+    """Supervised: 6 steps of 8 rows of 3 + 5 tokens, 6 operations a weight. RL: 6 steps of 4 prompts of 3 tokens, 2 responses of 8."""
+    from hydra.utils import instantiate
+
+    cfg: Any = composed([*FIT, "data.limit=40"])
+    reader = load(
+        Model(config=dict(cfg.model.config), vocab_size=300, tokenizer="bundled:translation", device="meta"), 0
+    )
+    n = sum(p.numel() for p in reader.model.parameters())
+    work = work_of(cfg, instantiate(cfg.algo), reader, [], Lengths(3, 5, 4, 9), 40, 1)
+    assert work is not None and (work.operations, work.decoded, work.bfloat16) == (6 * 8 * 8 * 6 * n, 0, False)
+    frozen = Held("start model", 1000, 0, 4)
+    half = composed([*FIT, "model.compute=bfloat16"])
+    asked = work_of(half, instantiate(half.algo), reader, [frozen], Lengths(3, 5, 4, 9), 40, 2)
+    assert asked is not None and asked.bfloat16
+    assert asked.operations == pytest.approx(2 * work.operations + 2 * 6 * 8 * 8 * 2 * 1000)
+    rl: Any = composed(["+algo=reinforce", *SMALL_RL, *SMALL_CAUSAL, "algo.k=2"])
+    drawn = work_of(rl, instantiate(rl.algo), reader, [], Lengths(3, 5, 4, 9), 40, 1)
+    assert drawn is not None
+    assert drawn.operations == 6 * (4 * 3 * 2 * n + 8 * (3 + 8) * 6 * n)
+    assert drawn.decoded == 6 * 8 * 8 * 2 * n
+    assert drawn.read == 6 * 8 * (
+        4 * n + 8 * (3 + 4) * 2 * 16 * 4
+    )  # one layer: keys and values of 16 numbers of 4 bytes
+
+
+def test_a_large_run_is_held_against_gpus_and_a_small_one_is_not(cli: Cli) -> None:
+    """1.64 billion weights in 32 layers: 16 bytes of each are 26 GB, more than 24 GB and less than 40 GB."""
+    assert "fits on" not in cli("train", *FIT, "--dry-run")[1]
+    large = ["hidden_size=2048", "intermediate_size=5632", "num_hidden_layers=32", "num_attention_heads=16"]
+    words = [*(f"model.config.{w}" for w in large), "algo.micro_tokens=64"]
+    code, out, err = cli("train", *FIT, *words, "--dry-run")
+    assert code == 0, err
+    assert line(out, "fits on").split() == ["GPU", "evaluate", "update", "time"]
+    rows = {
+        r[0]: r[1:]
+        for r in (re.split(r"  +", x.strip()) for x in out.split("\n"))
+        if r[0] in {g.name for g in gpus.GPUS}
+    }
+    assert len(rows) == len(gpus.GPUS)
+    assert rows["L4 24 GB"][:2] == ["fits", "no"] and rows["L4 24 GB"][2].startswith("(")
+    assert rows["A100 40 GB"][:2] == ["fits", "fits"] and not rows["A100 40 GB"][2].startswith("(")
+    assert "not measured" in out
+
+
+# ---- the page --------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "howto" / "cluster.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_the_page_is_what_the_code_gives() -> None:
+    made = runpy.run_path(str(ROOT / "scripts" / "cluster_table.py"))
+    made["register"]()
+    assert made["page"](PAGE) == PAGE
+    assert PAGE.count("| `srt_tulu2_70b`, ") == 3
+
+
+def test_what_the_page_says_is_assumed_is_assumed() -> None:
+    for share, what in ((gpus.MFU, "of the peak"), (gpus.STREAMED, "of the bandwidth"), (gpus.KEPT, "of the memory")):
+        assert f"{share:.0%} {what}" in PAGE
+
+
+def test_the_commands_of_its_scripts_are_accepted() -> None:
+    fences = re.findall(r"(?ms)^```sh\n(.*?)^```$", PAGE)
+    told = [x for f in fences for x in f.replace("\\\n", " ").split("\n") if "alignkit train" in x]
+    assert len(told) == 3
+    for one in told:
+        words = shlex.split(one.partition("alignkit train")[2])
+        check(composed([w for w in words if not w.startswith("run.processes=")]))

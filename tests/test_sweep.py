@@ -229,24 +229,26 @@ def test_a_sweep_that_cannot_be_composed_runs_nothing(cli: Callable[..., tuple[i
 
 
 def test_every_launcher_tells_the_same(tmp_path: Path) -> None:
-    """Jobs in this process, in joblib's and in submitit's: the table but for its clock, and the weights."""
+    """Four jobs in this process, in joblib's two and in submitit's four: the table but for its clock, and the weights."""
     tables, weights = [], []
     for launcher in ("basic", "joblib", "submitit_local"):
         root = tmp_path / launcher
         more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
-        words = ["+algo=reinforce", "seed=1", *RL, "algo.lr=1e-4,-1", f"run.root={root}"]
+        words = ["+algo=reinforce", "seed=1,2", *RL, "algo.lr=1e-4,-1", f"run.root={root}"]
         done = command("train", "-m", f"hydra/launcher={launcher}", *more, *words)
         assert done.returncode == 1, done.stderr
-        assert states(root) == ["ok", "failed"]
-        assert "- 1 (algo.lr=-1): algo: lr must be at least 0" in done.stdout
+        assert states(root) == ["ok", "failed", "ok", "failed"]
+        for job, seed in ((1, 1), (3, 2)):
+            assert f"- {job} (seed={seed} algo.lr=-1): algo: lr must be at least 0" in done.stdout
         assert f"hydra/launcher={launcher}" in record(root)["rerun"]
         tables.append([{**job, "seconds": 0, "overrides": job["overrides"][:-1]} for job in record(root)["jobs"]])
-        run = Path(tables[-1][0].pop("directory"))
-        assert (run / "command.txt").read_text().startswith("alignkit train +algo=reinforce seed=1 ")
-        weights.append(json.loads((run / "result.json").read_text())["weights_sha256"])
+        runs = [Path(tables[-1][i].pop("directory")) for i in (0, 2)]
+        for seed, run in enumerate(runs, 1):
+            assert (run / "command.txt").read_text().startswith(f"alignkit train +algo=reinforce seed={seed} ")
+        weights.append(tuple(json.loads((run / "result.json").read_text())["weights_sha256"] for run in runs))
         assert not list(root.glob("**/*.pkl"))
     assert tables[0] == tables[1] == tables[2]
-    assert len(set(weights)) == 1
+    assert len(set(weights)) == 1 and len(set(weights[0])) == 2  # one of each seed
 
 
 def test_a_failed_job_is_no_objective_and_no_exception(
