@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from alignkit import ops, ranks
+from alignkit import engines, ops, ranks
 from alignkit.batch import Batch
 from alignkit.config import Model
 from alignkit.critic import ValueModel
@@ -32,6 +33,18 @@ class Policy(Reader):
     def __init__(self, model: Any, tokenizer: Any, compute: torch.dtype = torch.float32) -> None:
         super().__init__(model, tokenizer, compute)
         self.critic: ValueModel | None = None
+        self.engine: engines.Engine | None = None  # what draws in its place, within ``drawing``
+
+    @contextmanager
+    def drawing(self, engine: engines.Engine | None) -> Iterator[None]:
+        """Let an engine draw in the policy's place; afterwards it rests. None: the policy itself."""
+        self.engine = engine
+        try:
+            yield
+        finally:
+            self.engine = None
+            if engine is not None:
+                engine.rest()
 
     def judged(self, rows: list[Row], max_tokens: int | None = None, end: str | None = None) -> Batch:
         """Rows with one response that is desirable or not: ``extra["desirable"]`` (B,) bool; longer ones are cut."""
@@ -62,9 +75,15 @@ class Policy(Reader):
             begun: what each row's response begins with, which the model goes on from; it then counts as part of the prompt.
 
         Raises:
-            UserError: no room for so many tokens, or ``begun`` for an encoder–decoder model.
+            UserError: no room for so many tokens, or ``begun`` for an encoder–decoder model or an engine.
         """
         counts = [n] * len(rows) if isinstance(n, int) else n
+        if self.engine is not None:
+            if begun is not None:
+                raise UserError(
+                    "engine: cannot go on from a text that a response begins with. Take engine=transformers."
+                )
+            return engines.sample(self, self.engine, rows, counts, how, temperature, generator)
         own = ranks.share(len(rows))
         if ranks.size() == 1:
             return self._draw(rows, counts, how, temperature, generator, begun, None)
@@ -101,12 +120,7 @@ class Policy(Reader):
         if begun is not None:
             encoded = [[*one, *more] for one, more in zip(encoded, self._beginnings(begun), strict=True)]
         prompt_ids, prompt_mask = self._pad(encoded, "right" if self.is_encoder_decoder else "left")
-        room = self.max_positions - (0 if self.is_encoder_decoder else prompt_ids.shape[1])
-        if how.max_new_tokens > room:
-            raise UserError(
-                f"max_new_tokens={how.max_new_tokens} is more than the model's {self.max_positions} positions allow "
-                f"(room here: {room}). Lower it, or shorten the prompts."
-            )
+        self.need_room(prompt_ids.shape[1], how.max_new_tokens)
         with self._evaluating(), torch.no_grad():
             out = self._computed(
                 lambda: decode(
@@ -128,6 +142,15 @@ class Policy(Reader):
             extra={"ended": self.ended(out.ids, out.mask)}
             | {name: x for name, x in (("entropy", out.entropy), ("top", out.top)) if x is not None},
         )
+
+    def need_room(self, longest: int, max_new_tokens: int) -> None:
+        """Raises a UserError where the positions do not allow so many tokens behind a prompt of this length."""
+        room = self.max_positions - (0 if self.is_encoder_decoder else longest)
+        if max_new_tokens > room:
+            raise UserError(
+                f"max_new_tokens={max_new_tokens} is more than the model's {self.max_positions} positions allow "
+                f"(room here: {room}). Lower it, or shorten the prompts."
+            )
 
     def _state(self, rows: list[Row], begun: list[str] | None, ids: Tensor, mask: Tensor) -> State:
         """The policy about to decode: of each row the prompt and what its response begins with, and both as ids (B, P)."""
