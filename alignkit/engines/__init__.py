@@ -7,6 +7,9 @@ what losses see; the engine's own are kept beside them, and the distance is logg
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +85,13 @@ class Engine:
     def rest(self) -> None:
         """The policy learns now: let go of the memory until the next ``follow``."""
         self._follows = False
+
+
+def scratch(owner: object) -> str:
+    """A folder of this machine that goes when its owner or the process does."""
+    path = tempfile.mkdtemp(prefix="alignkit-engine-")
+    weakref.finalize(owner, shutil.rmtree, path, True)
+    return path
 
 
 def build(cfg: DictConfig, algo: Any) -> Engine | None:

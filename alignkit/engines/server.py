@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit import ranks
 from alignkit.decode import Decode
-from alignkit.engines import Engine, Response
+from alignkit.engines import Engine, Response, scratch
 from alignkit.errors import UserError, need
 from alignkit.feedback import _address, _reason
 
@@ -50,7 +50,6 @@ class Server(Engine):
         need(self, "concurrency >= 1", "timeout > 0")
         self.url = _address(self.url.rstrip("/").removesuffix("/v1"), "engine.url")
         self._model = ""  # what the server calls what is asked: its model, or the present adapter
-        self._here: tempfile.TemporaryDirectory[str] | None = None
         self._written: Path | None = None  # what the server has loaded last
 
     def ready(self) -> None:
@@ -89,9 +88,8 @@ class Server(Engine):
 
     def _where(self) -> str:
         if self.folder is None:
-            self._here = self._here or tempfile.TemporaryDirectory(prefix="alignkit-server-")
-            Path(self._here.name).chmod(0o755)
-            return self._here.name
+            self.folder = scratch(self)
+            Path(self.folder).chmod(0o755)
         folder = Path(self.folder).expanduser().resolve()
         folder.mkdir(parents=True, exist_ok=True)
         return str(folder)

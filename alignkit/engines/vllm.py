@@ -11,7 +11,6 @@ import copy
 import importlib.util
 import os
 import random
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +20,7 @@ import torch
 
 from alignkit import ranks
 from alignkit.decode import Decode
-from alignkit.engines import Engine, Response
+from alignkit.engines import Engine, Response, scratch
 from alignkit.errors import UserError, need
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class VLLM(Engine):
         self._asleep = False
         self._lora: Any = None  # the request for the present adapter
         self._version = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder = ""  # of the model's configuration, and of adapters
 
     def ready(self) -> None:
         if importlib.util.find_spec("vllm") is None:
@@ -79,9 +78,8 @@ class VLLM(Engine):
         if _adapters(policy):
             from vllm.lora.request import LoRARequest
 
-            assert self._folder is not None
             self._version += 1  # a new name and number: nothing that vLLM keeps by them can be an old one's
-            path = Path(self._folder.name) / f"adapter-{self._version}"
+            path = Path(self._folder) / f"adapter-{self._version}"
             policy.model.save_pretrained(path)
             self._lora = LoRARequest(f"adapter-{self._version}", self._version, str(path))
         self._llm.reset_prefix_cache()
@@ -90,11 +88,11 @@ class VLLM(Engine):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where weights need not be sent
         from vllm import LLM
 
-        self._folder = tempfile.TemporaryDirectory(prefix="alignkit-vllm-")
+        self._folder = scratch(self)
         base = policy.model.get_base_model() if _adapters(policy) else policy.model
         config = copy.deepcopy(base.config)
         config.architectures = [type(base).__name__]
-        config.save_pretrained(self._folder.name)
+        config.save_pretrained(self._folder)
         more: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if _several() else {}
         if _adapters(policy):
             rank = max(c.r for c in policy.model.peft_config.values())
@@ -102,7 +100,7 @@ class VLLM(Engine):
         numbers = random.getstate(), np.random.get_state()
         with torch.random.fork_rng():  # it seeds every generator, and a resumed run builds it in another step
             self._llm = LLM(
-                model=self._folder.name, skip_tokenizer_init=True, load_format="dummy", seed=0,
+                model=self._folder, skip_tokenizer_init=True, load_format="dummy", seed=0,
                 dtype=str(policy.compute).removeprefix("torch."), gpu_memory_utilization=self.memory,
                 max_model_len=self.length, enforce_eager=self.eager, enable_sleep_mode=bool(self.sleep),
                 logprobs_mode="processed_logprobs", **more,
