@@ -214,6 +214,7 @@ def doctor() -> tuple[str, list[str]]:
             wrong.append(f"{name} is not installed: pip install {name}.")
         elif _tuple(version) < _tuple(least):
             wrong.append(f"{name} {version} is older than {least}: pip install -U '{name}>={least}'.")
+    lines.append(f"vllm          {_version('vllm') or 'not installed (engine=vllm needs it)'}")
     torch_version = _version("torch") or ""
     driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
     lines.append(f"devices       {os.cpu_count()} cores" + (", NVIDIA driver" if driver else ", no NVIDIA driver"))
