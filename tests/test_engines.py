@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 import random
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from group import together
 from running import SMALL_CAUSAL, SMALL_RL, SMALL_SEQ2SEQ, composed, lines, train
 
 from alignkit import engines
@@ -422,6 +424,24 @@ def test_a_run_by_a_server(serve, tmp_path) -> None:
         server.llm.model.resize_token_embeddings(300)
         _, folder = train(tmp_path, *words, "engine=vllm_server", f"engine.url={server.url}")
     assert all(line["engine/logprob_diff_max"] < 1e-4 for line in lines(folder / "metrics.jsonl"))
+
+
+def test_two_processes_draw_what_one_does(serve, tmp_path, monkeypatch) -> None:
+    """Each by an engine of its own in its process, and at the one server."""
+    words = [*RL, "algo.lr=1e-2", "algo.steps=3"]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKE.parent.parent), str(FAKE)]))
+    with serve(load(composed(words).model, 0, ["the cat"])) as server:
+        server.llm.model.resize_token_embeddings(300)
+        every = [[*words, "engine=vllm"], [*words, "engine=vllm_server", f"engine.url={server.url}"]]
+        together(2, [[*one, f"run.root={tmp_path / 'two'}"] for one in every], tmp_path)
+        for one in every:
+            _, folder = train(tmp_path / "one", *one)
+            alone, shared = (lines(f / "metrics.jsonl") for f in (folder, tmp_path / "two" / folder.name))
+            for key in ("loss", "reward", "length", "grad_norm"):
+                assert [line[key] for line in shared] == pytest.approx([line[key] for line in alone], abs=1e-5)
+            assert all(line["engine/logprob_diff_max"] < 1e-4 for line in shared) and any(
+                line["loss"] for line in shared
+            )
 
 
 def test_a_server_that_is_down_is_named(tmp_path) -> None:
