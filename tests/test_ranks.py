@@ -80,6 +80,7 @@ def test_the_number_of_processes_changes_nothing(runs: Path, name: str, count: i
     assert their_result["samples"] == result["samples"] and their_result["tokens"] == result["tokens"]
 
 
+
 STEADY = [*METHODS["esrl"], "run.save_every=1", "run.processes=2"]
 
 

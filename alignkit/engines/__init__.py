@@ -1,8 +1,8 @@
 """Who draws the responses that an RL method learns from: the policy itself (``engine=transformers``), or an engine beside it.
 
-An engine follows the policy: it takes over the weights when they have changed, draws, and rests while the policy learns. It computes in another way,
-so its log-probabilities are not the policy's. Responses of an engine are therefore scored by the policy, whose log-probabilities are
-what losses see; the engine's own are kept beside them, and the distance is logged at every step.
+An engine follows the policy: it takes over the weights, draws, and rests while the policy learns. It computes in another
+way, so its log-probabilities are not the policy's. Responses of an engine are therefore scored by the policy, whose
+log-probabilities are what losses see; the engine's own are kept beside them, and the distance is logged at every step.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Engine:
     def follow(self, policy: Policy) -> None:
         """Take over the policy's weights at the first draw after ``rest``. Every rank calls it.
 
-        A fused optimizer changes weights without a trace (``_version`` stays), so that this is told by the calls and not by the tensors.
+        A fused optimizer changes weights without a trace (``_version`` stays): the calls tell, and not the tensors.
         """
         if not self._follows:
             self.take(policy)
@@ -122,7 +122,7 @@ def build(cfg: DictConfig, algo: Any) -> Engine | None:
 
 
 def _kind(cfg: DictConfig) -> str | None:
-    """``causal``, ``seq2seq`` or ``encoder``, from the model's configuration; None where it cannot be read, which loading will say."""
+    """``causal``, ``seq2seq`` or ``encoder``, by the model's configuration; None where it cannot be read, as loading will say."""
     from transformers import AutoConfig
 
     try:
@@ -137,8 +137,8 @@ def sample(
     policy: Policy, engine: Engine, rows: list[Row], counts: list[int], how: Decode,
     temperature: torch.Tensor | None, generator: torch.Generator | None,
 ) -> Batch:  # fmt: skip
-    """What ``Policy.generate`` gives, drawn by an engine: ``logprobs`` are the policy's, ``extra["engine_logprobs"]`` (B, T) the
-    engine's, at the temperature of ``logprobs``.
+    """What ``Policy.generate`` gives, drawn by an engine: ``logprobs`` are the policy's, ``extra["engine_logprobs"]`` (B, T)
+    the engine's, at the temperature of ``logprobs``.
 
     Of several ranks each asks its own engine for its share.
 
@@ -203,8 +203,8 @@ def _scored(policy: Policy, batch: Batch, tau: torch.Tensor) -> torch.Tensor:
 
 
 def mismatch(batch: Batch) -> dict[str, float]:
-    """How far the engine is from the policy, over the tokens of a step: mean and greatest |log policy - log engine|, and the mean
-    of policy / engine, which is 1 in expectation where they agree; empty where the policy itself has drawn."""
+    """How far the engine is from the policy, over the tokens of a step: mean and greatest |log policy - log engine|, and the
+    mean of policy / engine, which is 1 in expectation where both cover the same tokens; empty where the policy has drawn."""
     if "engine_logprobs" not in batch.extra:
         return {}
     apart = _log_ratios(batch)[batch.mask]
@@ -218,9 +218,9 @@ def mismatch(batch: Batch) -> dict[str, float]:
 def corrected(engine: Engine | None, batch: Batch) -> Batch:
     """The batch with each token's advantage times min(policy / engine, ``truncate``): truncated importance sampling.
 
-    Yao, Liu et al., Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (fengyao.notion.site/off-policy-rl, 2025). There the
-    weight stands before a token's gradient; here [ours] it is in the advantage, which is the same where a loss grows in proportion to it, as the
-    policy gradient and its clipped forms do.
+    Yao, Liu et al., Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (fengyao.notion.site/off-policy-rl,
+    2025). There the weight stands before a token's gradient; here [ours] it is in the advantage, which is the same where a
+    loss grows in proportion to it, as the policy gradient and its clipped forms do.
     """
     if engine is None or engine.truncate is None or "engine_logprobs" not in batch.extra:
         return batch

@@ -1,10 +1,12 @@
 """A vLLM server of its own, which sees the same folder.
 
-Read, not run (there was no GPU at hand): vLLM's ``CompletionRequest``, the endpoints ``/collective_rpc`` (there with VLLM_SERVER_DEV_MODE=1),
-``/reset_prefix_cache`` and ``/v1/load_lora_adapter`` (with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True), and ``GPUModelRunner.reload_weights(weights_path=…)``, which
-came with vLLM #32133, merged in January 2026; TRL supports 0.22 to 0.31, and the extra asks for 0.22. Not verified: which release was the first
-with ``weights_path``; that a reload leaves every architecture whole (vLLM #48284 tells of hybrid ones that it does not). Watch
-``engine/logprob_diff``: it shows whether the weights have come.
+Read, not run (there was no GPU at hand): vLLM's ``CompletionRequest``, the endpoints ``/collective_rpc`` (there with
+VLLM_SERVER_DEV_MODE=1), ``/reset_prefix_cache`` and ``/v1/load_lora_adapter`` (with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True),
+and ``GPUModelRunner.reload_weights(weights_path=…)`` of 2026, which stands on layerwise reloading (vLLM #32133, merged in
+January 2026). The extra asks for 0.22, the oldest that TRL's present release supports.
+
+Not verified: which release was the first with ``weights_path``; the words in which adapters are refused; that a reload leaves
+every architecture whole (vLLM #48284 tells of hybrid ones that it did not). ``engine/logprob_diff`` shows whether weights come.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import hashlib
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +108,7 @@ class Server(Engine):
     ) -> list[Response]:
         def ask(ids: list[int], n: int, tau: float, seed: int) -> list[Response]:
             found = self._ask(
-                "POST", "/v1/completions", model=self._model, prompt=ids, n=1 if how.greedy else n,
+                "POST", "/v1/completions", client=client, model=self._model, prompt=ids, n=1 if how.greedy else n,
                 temperature=0.0 if how.greedy else tau, top_p=how.top_p, top_k=how.top_k, min_p=0.0,
                 repetition_penalty=1.0, seed=seed, max_tokens=how.max_new_tokens, stop_token_ids=ends, ignore_eos=True,
                 logprobs=1, return_token_ids=True,
@@ -119,10 +122,16 @@ class Server(Engine):
                 ) from None
             return some * n if how.greedy else some
 
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        with self._client() as client, ThreadPoolExecutor(self.concurrency) as pool:
             return [one for some in pool.map(ask, prompts, counts, taus, seeds) for one in some]
 
-    def _ask(self, verb: str, path: str, needs: str = "", fine: str = "", **body: Any) -> Any:
+    def _client(self) -> Any:
+        import httpx
+
+        limits = httpx.Limits(max_connections=self.concurrency)
+        return httpx.Client(base_url=self.url, timeout=self.timeout, limits=limits, trust_env=False)
+
+    def _ask(self, verb: str, path: str, needs: str = "", fine: str = "", client: Any = None, **body: Any) -> Any:
         """What the server answers, as JSON where it is.
 
         Args:
@@ -135,7 +144,8 @@ class Server(Engine):
         import httpx
 
         try:
-            answer = httpx.request(verb, self.url + path, json=body or None, timeout=self.timeout, trust_env=False)
+            with self._client() if client is None else nullcontext(client) as one:
+                answer = one.request(verb, path, json=body or None)
         except httpx.HTTPError as e:
             raise UserError(
                 f"the vLLM server at {self.url} cannot be reached ({type(e).__name__}: {e}). Start it with `vllm serve`, or set "
