@@ -42,9 +42,7 @@ class Server(Engine):
     """
 
     url: str = "http://localhost:8000"  # without /v1
-    folder: str | None = (
-        None  # that this process and the server see by the same name; null: one in the machine's temporary folder
-    )
+    folder: str | None = None  # that this process and the server see by one name; null: a temporary one of this machine
     concurrency: int = 64  # prompts that are asked at the same time
     timeout: float = 600.0  # seconds for the responses to a prompt, or to load weights
 
