@@ -1,4 +1,4 @@
-"""Engines beside the policy, against stand-ins with vLLM's interface that hold weights of their own (tests/fake_vllm, vllm_server.py)."""
+"""Engines beside the policy, against stand-ins with vLLM's interface and weights of their own: fake_vllm, vllm_server.py."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def test_truncated_importance_sampling_by_hand(make_batch) -> None:
 
 
 def test_the_weights_take_the_engines_distribution_out_of_the_mean() -> None:
-    """Without a cap that bites, weighted advantages of the engine's draws have the mean of the policy's own, exactly over all outcomes."""
+    """Over all outcomes: below the cap, weighted advantages of the engine's draws have the mean of the policy's own."""
     policy, engine, values = (
         torch.tensor([0.6, 0.3, 0.1]),
         torch.tensor([0.2, 0.5, 0.3]),

@@ -18,7 +18,8 @@ class VLLMServer:
     """``with VLLMServer(folder) as server``: it serves the model in the folder at ``server.url`` until the block ends."""
 
     def __init__(self, model: Path, dev: bool = True, lora: bool = False, deaf: bool = False) -> None:
-        """``dev``: with VLLM_SERVER_DEV_MODE=1; ``lora``: with adapters at runtime; ``deaf``: it says it has loaded weights, and has not."""
+        """``dev``: with VLLM_SERVER_DEV_MODE=1; ``lora``: with adapters at runtime; ``deaf``: it only says
+        that it has loaded weights."""
         from vllm import LLM
 
         self.served, self.dev, self.lora, self.deaf = str(model), dev, lora, deaf

@@ -1,8 +1,9 @@
 """vLLM in the process that trains.
 
-Read, not run (there was no GPU at hand): vLLM's ``LLM``, ``SamplingParams``, ``Worker.sleep`` and ``wake_up``, ``ParentRequest`` and the sleep
-mode's documentation, and TRL's ``generation/vllm_generation.py``, which makes the same calls and supports vLLM 0.22 to 0.31. Not verified:
-several ranks (``external_launcher``, as TRL has it), ``load_format=dummy`` of every architecture, adapters after a sleep of level 1.
+Read, not run (there was no GPU at hand): vLLM's ``LLM``, ``SamplingParams``, ``Worker.sleep`` and ``wake_up``,
+``ParentRequest`` and the sleep mode's documentation, and TRL's ``generation/vllm_generation.py``, which makes most of these
+calls and supports vLLM 0.22 to 0.31. Not verified: several ranks (``external_launcher``, as TRL has it), ``load_format=dummy``
+and ``apply_model`` of every architecture, adapters after a sleep of level 1.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 
 @dataclass(kw_only=True)
 class VLLM(Engine):
-    """vLLM in this process, on the policy's GPU: weights are loaded in place after each update, and while the policy learns it sleeps.
+    """vLLM in this process, on the policy's GPU: weights are loaded in place after each update; while the policy learns it sleeps.
 
-    It is built at the first draw, of the policy's configuration and without weights of its own, so a model of any source will do. With
-    adapters the base is loaded once, and then only adapters, from a folder. Of several ranks each has one, for its share.
+    It is built at the first draw, of the policy's configuration and without weights of its own, so a model of any source will
+    do. With adapters the base is loaded once, and then only adapters, from a folder. Of several ranks each has one, for its
+    share.
     """
 
     memory: float = 0.3  # share of the GPU's memory that it may take while it draws, weights included

@@ -1,7 +1,8 @@
 """A stand-in for vLLM: the names, arguments and states that alignkit uses, with a transformers model inside.
 
-It holds weights of its own, so weights that are not handed over are not there; it refuses what vLLM refuses, and does what vLLM does where that
-can go wrong: it seeds the generators of the whole process, keeps what it has computed of a prompt, and forgets its weights in a sleep of level 2.
+It holds weights of its own, so weights that are not handed over are not there; it refuses what vLLM refuses, and does what
+vLLM does where that can go wrong: it seeds the generators of the whole process, keeps what it has computed of a prompt, and
+forgets its weights in a sleep of level 2.
 """
 
 from __future__ import annotations
