@@ -16,7 +16,10 @@ from alignkit.config import GROUPS, PARTS, conf_dir
 from alignkit.errors import UserError, suggest
 from alignkit.signature import doc_of, settings_of
 
-EXAMPLES = {"reward": "esrl", "critic": "srt_collect", "prompt": "srt_collect"}  # group → a method that takes one
+EXAMPLES = {  # group → a method that takes one
+    "reward": "esrl", "critic": "srt_collect", "prompt": "srt_collect",
+    "engine": "reinforce model=tiny_arithmetic data=arithmetic reward=answer",
+}  # fmt: skip
 STAGES = (
     "sft",
     "pref",
@@ -75,7 +78,7 @@ def listing(extra: list[Path] = []) -> str:  # noqa: B006
             lines += [f"  +algo={n:<14} {_idea(c) or _header(files[n])}" for n, c in here.items()]
     lines.append("presets:")
     lines += [f"  +preset={name:<20} {_header(path)}" for name, path in options("preset", extra).items()]
-    for group in ("model", "data", "reward", "critic", "prompt"):
+    for group in ("model", "data", "reward", "engine", "critic", "prompt"):
         lines.append(f"{group}:")
         lines += [f"  {group}={name:<20} {_header(path)}" for name, path in options(group, extra).items()]
     lines.append("claims:")
@@ -138,7 +141,7 @@ def card(name: str, extra: list[Path] = []) -> str:  # noqa: B006
         return "\n".join([*lines, "", f"example: {example}"])
     every = [n for group in GROUPS for n in options(group, extra)]
     raise UserError(
-        f"'{name}' is neither a method nor a preset, model, data set, reward, critic or prompt.{suggest(name, [*every, 'settings'])}"
+        f"'{name}' is neither a method nor a preset, model, data set, reward, engine, critic or prompt.{suggest(name, [*every, 'settings'])}"
     )
 
 
@@ -211,6 +214,7 @@ def doctor() -> tuple[str, list[str]]:
             wrong.append(f"{name} is not installed: pip install {name}.")
         elif _tuple(version) < _tuple(least):
             wrong.append(f"{name} {version} is older than {least}: pip install -U '{name}>={least}'.")
+    lines.append(f"vllm          {_version('vllm') or 'not installed (engine=vllm needs it)'}")
     torch_version = _version("torch") or ""
     driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
     lines.append(f"devices       {os.cpu_count()} cores" + (", NVIDIA driver" if driver else ", no NVIDIA driver"))

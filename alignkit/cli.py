@@ -234,11 +234,13 @@ def hydra_words(words: list[str]) -> list[str]:
         words = [w.removeprefix("+") if w.startswith("+algo=") else w for w in words]  # a preset has chosen one
     else:
         words = [f"+{w}" if w.startswith("algo=") else w for w in words]
-    words = [re.sub(r"^\+(model|data|reward)=", r"\1=", w) for w in words]  # these groups have a choice to override
+    words = [
+        re.sub(r"^\+(model|data|reward|engine)=", r"\1=", w) for w in words
+    ]  # these groups have a choice to override
     words = [re.sub(rf"^({'|'.join(PARTS)})=(?=\w)", r"\1@algo.\1=", w) for w in words]
     multirun = [w for w in words if w in ("-m", "--multirun")]  # Hydra's parser wants its flags first
     words = multirun + [w for w in words if w not in multirun]
-    words = [re.sub(r"^(model|data|reward)=null$", r"~\1", w) for w in words]
+    words = [re.sub(r"^(model|data|reward|engine)=null$", r"~\1", w) for w in words]
     extra = use_config_dirs(words)
     for word in words:
         matched = re.match(r"^[+~]*([\w./@-]+)=(.*)$", word)

@@ -131,14 +131,14 @@ def _settings(before: list[str], current: str) -> list[str]:
         return [f"{key}={value}" for value in _values(before, key, current.partition("=")[2], extra)]
     chosen = any(word.lstrip("+").startswith(("algo=", "preset=")) for word in before)
     found = [] if chosen or before[0] not in ("train", "explain", "verify-resume") else ["+algo=", "+preset="]
-    found += [f"{key}=" for key in ("model", "data", "reward", "seed")]
+    found += [f"{key}=" for key in ("model", "data", "reward", "engine", "seed")]
     nodes = {
         "model": schema_keys("model"),
         "evaluate": schema_keys("evaluate"),
         "run": schema_keys("run"),
         "audit": schema_keys("audit"),
     }
-    for node in ("algo", "data", "reward", *nodes):
+    for node in ("algo", "data", "reward", "engine", *nodes):
         if not current.startswith(f"{node}."):
             found.append(f"{node}.")
             continue
@@ -159,7 +159,9 @@ def _values(before: list[str], key: str, value: str, extra: list[Path]) -> list[
     if group in GROUPS:
         return [",".join([*written, name]) for name in catalog.options(group, extra) if name not in written]
     node, _, name = group.partition(".")
-    setting = (_settings_of(_target(before, node, extra)) if node in ("algo", "data", "reward") else {}).get(name)
+    setting = (_settings_of(_target(before, node, extra)) if node in ("algo", "data", "reward", "engine") else {}).get(
+        name
+    )
     if node in ("model", "evaluate", "run", "audit"):
         setting = _settings_of({"model": "alignkit.config.Model", "evaluate": "alignkit.config.Evaluate",
                                 "run": "alignkit.config.RunSettings", "audit": "alignkit.config.AuditSettings"}[node]).get(name)  # fmt: skip

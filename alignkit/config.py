@@ -16,7 +16,7 @@ from alignkit.errors import UserError, suggest
 from alignkit.signature import Setting, settings_of
 
 PARTS = ("critic", "prompt")  # groups that are chosen for a setting of the method by their name
-GROUPS = ("model", "data", "reward", "algo", "preset", *PARTS)
+GROUPS = ("model", "data", "reward", "engine", "algo", "preset", *PARTS)
 NEEDS = {  # what a stage cannot do without
     "sft": ("data", "algo"),
     "pref": ("data", "algo"),
@@ -156,6 +156,7 @@ class Config:
     model: Model = field(default_factory=Model)
     data: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)  # stage rl: what draws; empty: the policy itself
     algo: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Any] = field(default_factory=dict)  # of a pipeline: name → list of command-line words
     more: dict[str, Any] = field(
@@ -167,18 +168,18 @@ class Config:
 
 
 def signature(cfg: DictConfig) -> str:
-    """Eight hex digits of the resolved configuration without ``run``, ``name`` and ``hydra``."""
+    """Eight hex digits of the resolved configuration without ``run``, ``name`` and ``hydra``, and without an engine that is none."""
     raw: Any = OmegaConf.to_container(cfg)
     raw["run"] = {**raw["run"], "name": "", "dir": ""}  # they ask for the signature
     whole: Any = OmegaConf.to_container(OmegaConf.create({**raw, "hydra": None}), resolve=True)
-    resolved = {k: v for k, v in whole.items() if k not in ("run", "name", "hydra")}
+    resolved = {k: v for k, v in whole.items() if k not in ("run", "name", "hydra") and (v or k != "engine")}
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def whole(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration with the defaults of its classes filled in: what ``config.yaml`` keeps of a run."""
     found: dict[str, Any] = _filled(OmegaConf.to_container(cfg, resolve=True))
-    return found
+    return {k: v for k, v in found.items() if v or k != "engine"}
 
 
 def _filled(value: Any) -> Any:
@@ -263,6 +264,7 @@ def register() -> None:
     for node in (
         "data",
         "reward",
+        "engine",
         "algo",
         "steps",
         "more",
@@ -382,7 +384,9 @@ def check(cfg: DictConfig) -> None:
     if second and (stage != "rl" or not cfg.audit.on):
         why = "with audit.on=false" if stage == "rl" else f"in stage {stage}, which is not audited"
         wrong.append(f"audit.reward: has no effect {why}.")
-    for node in ("data", "reward", "algo", "audit"):
+    if cfg.engine and stage != "rl":
+        wrong.append(f"engine: has no effect in stage {stage}; it draws what stage rl learns from.")
+    for node in ("data", "reward", "engine", "algo", "audit"):
         value: Any = OmegaConf.to_container(cfg[node], resolve=True)
         if not value:
             continue

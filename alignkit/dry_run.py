@@ -233,6 +233,11 @@ def _single(cfg: DictConfig, found: Found) -> None:
         node = OmegaConf.select(cfg, name)
         if node:
             learned += _reward(node, name, found)
+    if cfg.stage == "rl" and cfg.engine:
+        from alignkit import engines
+
+        engines.build(cfg, algo)
+        found.say("engine", f"{cfg.engine._target_.rpartition('.')[2]}; its own memory is not in what follows")
     prepared = _prepared(cfg, data, algo, rows)
     reader, more = _models(cfg, data, algo, rows.get("train", []), found)
     lengths = _lengths(reader, prepared or rows.get("test") or rows.get("dev") or [], data) if reader else Lengths()

@@ -86,9 +86,10 @@ def _refuse_unknown(cfg: DictConfig, key: str) -> None:
         known = _keys(cfg, above)
         if part in known:
             continue
-        if above in ("algo", "data", "reward") and not known:
+        if above in ("algo", "data", "reward", "engine") and not known:
             what = {"algo": "a method: name one with +algo=NAME", "data": "the data: choose some with data=NAME",
-                    "reward": "a reward: choose one with reward=NAME"}[above]  # fmt: skip
+                    "reward": "a reward: choose one with reward=NAME",
+                    "engine": "an engine: choose one with engine=NAME"}[above]  # fmt: skip
             raise UserError(f"explain: {key} is a setting of {what}, or a preset with +preset=NAME.")
         if not known:
             raise UserError(f"explain: {above} is a value, so {key} is no key.")

@@ -134,7 +134,7 @@ SCHEDULES = {
 }  # fmt: skip
 MEANS = {"grpo": "responses", "dapo": "tokens", "bnpo": "tokens", "dr_grpo": "constant"}
 WHY = (  # pattern of keys → why there is no equivalent, and what to do instead; the first that fits
-    (r"vllm_|use_vllm|.*continuous_batching|use_transformers_paged|cache_impl", "alignkit samples by its own decoder, in the training process"),
+    (r"vllm_|use_vllm|.*continuous_batching|use_transformers_paged|cache_impl", "alignkit samples by its own decoder, in the training process, unless engine=vllm or engine=vllm_server is chosen"),
     (r"deepspeed|fsdp|ddp_|parallelism|accelerator_config|local_rank|ds3_|average_tokens",
      "a run is one process on one device; choose a model that fits, or model.lora.r=8"),
     (r"load_in_|bnb_|use_bnb", "no quantised weights; model.compute=bfloat16 and model.lora.r=8 save memory"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from alignkit import ops, ranks
+from alignkit import engines, ops, ranks
 from alignkit.batch import Batch
 from alignkit.config import Model
 from alignkit.critic import ValueModel
@@ -32,6 +33,18 @@ class Policy(Reader):
     def __init__(self, model: Any, tokenizer: Any, compute: torch.dtype = torch.float32) -> None:
         super().__init__(model, tokenizer, compute)
         self.critic: ValueModel | None = None
+        self.engine: engines.Engine | None = None  # what draws in its place, within ``drawing``
+
+    @contextmanager
+    def drawing(self, engine: engines.Engine | None) -> Iterator[None]:
+        """Let an engine draw in the policy's place; afterwards it rests. None: the policy itself."""
+        self.engine = engine
+        try:
+            yield
+        finally:
+            self.engine = None
+            if engine is not None:
+                engine.rest()
 
     def judged(self, rows: list[Row], max_tokens: int | None = None, end: str | None = None) -> Batch:
         """Rows with one response that is desirable or not: ``extra["desirable"]`` (B,) bool; longer ones are cut."""
@@ -62,11 +75,17 @@ class Policy(Reader):
             begun: what each row's response begins with, which the model goes on from; it then counts as part of the prompt.
 
         Raises:
-            UserError: no room for so many tokens, or ``begun`` for an encoder–decoder model.
+            UserError: no room for so many tokens, or ``begun`` for an encoder–decoder model or an engine.
         """
         counts = [n] * len(rows) if isinstance(n, int) else n
         if self.shards:
             self.shards.whole()
+        if self.engine is not None:
+            if begun is not None:
+                raise UserError(
+                    "engine: cannot go on from a text that a response begins with. Take engine=transformers."
+                )
+            return engines.sample(self, self.engine, rows, counts, how, temperature, generator)
         own = ranks.share(len(rows))
         if ranks.size() == 1:
             return self._draw(rows, counts, how, temperature, generator, begun, None)

@@ -85,6 +85,9 @@ class RL:
 
     critic: ClassVar[Any] = None  # an actor–critic method declares a setting of this name: see critic.py
     needs_reference: ClassVar[bool] = False  # whether the loss itself reads ref_logprobs
+    weighable: ClassVar[bool] = (
+        True  # whether a factor on a token's advantage is one on that token's part of the gradient
+    )
 
     def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
         """Draw responses to the rows of a step: ``k`` to each, as most methods have it. May bring their ``scores``, where it
@@ -143,6 +146,11 @@ class RL:
     @property
     def decoding(self) -> Decode:
         return Decode(max_new_tokens=self.max_new_tokens, top_k=self.top_k, top_p=self.top_p)
+
+    @property
+    def decodings(self) -> tuple[Decode, ...]:
+        """All ways in which a step decodes: what an engine must be able to do."""
+        return (self.decoding,)
 
     def at(self, step: int) -> None:
         """Set every scheduled setting to its value at ``step``."""

@@ -12,6 +12,7 @@ from alignkit import ops
 from alignkit.algos._rl import RL, spread
 from alignkit.batch import Batch
 from alignkit.data import Row
+from alignkit.decode import Decode
 from alignkit.errors import need
 from alignkit.policy import Policy
 from alignkit.rewards import Reward, scores_of
@@ -55,6 +56,14 @@ class ESRL(RL):
         self._queue: list[float] = []
         self._previous: dict[str, float] = {}  # row id → mean reward when it was last drawn
 
+    @property
+    def decodings(self) -> tuple[Decode, ...]:
+        return (self.decoding,) if self.capability == "previous" else (self.decoding, self._probing)
+
+    @property
+    def _probing(self) -> Decode:
+        return replace(self.decoding, greedy=True, entropy=self.capability == "entropy")
+
     def sample(self, policy: Policy, rows: list[Row], reward: Reward, generator: torch.Generator) -> Batch:
         c, probes = self._capability(policy, rows, reward)
         k, tau = (
@@ -74,8 +83,7 @@ class ESRL(RL):
         if self.capability == "previous":
             means = [self._previous.get(str(row["id"]), 0.0) for row in rows]
             return (torch.tensor(means) / self.reward_max).clamp(0, 1), 0
-        how = replace(self.decoding, greedy=True, entropy=self.capability == "entropy")
-        greedy = policy.generate(rows, 1, how)
+        greedy = policy.generate(rows, 1, self._probing)
         tokens = int(greedy.mask.sum())
         if self.capability == "metric":
             return (scores_of(reward, greedy).cpu() / self.reward_max).clamp(0, 1), tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class MRT(RL):
     distinct: bool = True  # equal candidates count once
     length_normalized: bool = False  # Q from the mean log-probability of a token instead of the sum
 
+    weighable: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.normalize != "groups":
@@ -52,6 +55,8 @@ class MRT(RL):
             gold.extra["tau"] = tau
             logprobs = by_parts(gold, self.micro_tokens, lambda part: policy.forward(part, part.extra["tau"]))
             gold = gold.with_(logprobs=logprobs)
+        if "engine_logprobs" in batch.extra:
+            gold.extra["engine_logprobs"] = logprobs  # no engine has drawn it
         return batch.merge(gold)
 
     def credit(self, batch: Batch) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class MRTTwoStage(RL):
     alpha: float = 0.005  # sharpness of Q
     top_k: int = 50
     mle_weight: float = 0.42857142857142855  # 0.3 / 0.7
+
+    weighable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

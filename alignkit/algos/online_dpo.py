@@ -25,6 +25,7 @@ class OnlineDPO(RL):
     beta: float = 0.1  # of dpo; tau of ipo
     preference: Literal["dpo", "ipo"] = "dpo"
     needs_reference: ClassVar[bool] = True
+    weighable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class REBEL(RL):
     eta: float = 1.0
     form: Literal["code", "paper"] = "code"
     pairs: Literal["two", "best_worst"] = "two"
+
+    weighable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_model
 from torch import Tensor
 
-from alignkit import preflight, ranks
+from alignkit import engines, preflight, ranks
 from alignkit.algos._rl import RL
 from alignkit.batch import Batch
 from alignkit.config import Model
@@ -26,6 +26,7 @@ from alignkit.stages.evaluate import HeldOut
 def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict[str, Any]:
     """Improve a policy on its own samples; evaluate before, now and then on dev, and after."""
     rows = data.rows("train")
+    engine = engines.build(cfg, algo)
     model: Model = OmegaConf.to_object(cfg.model)  # type: ignore[assignment]
     policy = load(model, cfg.seed, data.texts(), run.checkpoint)
     policy.drop_dropout()
@@ -50,14 +51,15 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
             run.seed_globally(step)  # for a reward that draws from torch's own generator
             algo.at(step)
             prompts = run.draw(rows, algo.rows_per_step, step)
-            with run.phase("sample", f"{len(prompts)} prompts, up to {algo.max_new_tokens} new tokens a response"):
+            shape = f"{len(prompts)} prompts, up to {algo.max_new_tokens} new tokens a response"
+            with run.phase("sample", shape), policy.drawing(engine):
                 batch = algo.sample(policy, prompts, reward, run.generator(step, "sample"))
             run.count("samples", len(batch.drawn()))  # dropped and greedy responses count in tokens and seconds alone
             run.count("tokens/sampled", float(batch.drawn().mask.sum()) + batch.probe_tokens)
             with run.phase("score", preflight.shape_of(batch)):
                 scored = score(algo, policy, reward, start, batch)
                 algo.observe(scored)
-                batch = algo.credit(scored)
+                batch = engines.corrected(engine, algo.credit(scored))
             run.count("tokens/trained", float(batch.mask.sum()) * algo.epochs)
             with run.phase("update"):
                 policy.train(model.gradient_checkpointing)  # dropout is off: this only lets layers recompute
@@ -72,6 +74,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
             if every and (step % every == 0 or step + 1 == steps or run.audit.new):
                 run.samples(step + 1, batch)
             metrics = {**watched, **_metrics(scored.drawn(), batch), **algo.metrics(batch), **stats}
+            metrics |= engines.mismatch(scored.drawn())
             if step == run.first_step and metrics["cut_off"] == 1:
                 run.progress.say(f"warning: every response was cut off at algo.max_new_tokens={algo.max_new_tokens}.")
             metrics |= {"lr": algo.rates(step)[0], **run.speed()}
