@@ -190,7 +190,7 @@ def test_readers_of_a_method_a_stage_and_the_run() -> None:
     assert {("rl.py", "run"), ("_rl.py", "RL.rates")} <= found("algo.steps", "+algo=esrl")
     assert not any(file == "fit.py" for file, _ in found("algo.steps", "+algo=esrl"))  # another stage's
     assert ("fit.py", "fit") in found("algo.batch_size", "+algo=sft")
-    assert found("run.threads", "+algo=sft") == {("launch.py", "_run")}
+    assert found("run.threads", "+algo=sft") == {("launch.py", "_run"), ("processes.py", "run")}
     assert ("evaluate.py", "HeldOut._decode") in found("evaluate.beams", "+algo=sft")
     assert ("audit.py", "Audit.look") in found("audit.window", "+algo=esrl")
     assert ("loading.py", "read") in found("model.dtype", "+algo=sft")
