@@ -22,6 +22,7 @@ STAGES = (
     "pref",
     "rm",
     "rl",
+    "trl",
     "distill",
     "select",
     "refine",

@@ -394,7 +394,7 @@ def steps_of(cfg: DictConfig, algo: Any, rows: int) -> int | None:
     """Steps of the training loop, where the stage has one and the rows are known."""
     if cfg.stage == "rl":
         return int(algo.steps)
-    if cfg.stage in ("sft", "pref", "rm", "distill", "select") and (rows or algo.steps):
+    if cfg.stage in ("sft", "pref", "rm", "distill", "select", "trl") and (rows or algo.steps):
         steps = int(algo.steps_over(rows))
         if cfg.stage == "select":
             algo.phase_ends(steps)  # refuses more phases than steps
@@ -468,6 +468,9 @@ def _tested(cfg: DictConfig) -> str:
 
 def _say_memory(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Lengths, found: Found) -> None:
     """An estimate a phase: what is held, and what the largest micro-batch needs besides."""
+    if cfg.stage == "trl":
+        found.say("memory", "TRL's own; algo.trl.gradient_accumulation_steps cuts a step into parts.")
+        return
     all_of_it, trained = _own(reader, cfg)
     width = BYTES[cfg.model.dtype]
     own = Held("model", all_of_it, trained, width)
