@@ -159,7 +159,8 @@ class Record(TrainerCallback):
         if self.run.stop_asked and done % self.window == 0:
             control.should_save = control.should_training_stop = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **more: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        logs = more["logs"]
         if "loss" not in logs:  # the summary at the end
             return
         names = {**NAMES, **self.algo.logged}
