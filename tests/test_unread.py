@@ -107,6 +107,8 @@ def tiny(name: str, stage: str, made: dict[str, str]) -> list[str]:
     if name in ("trl_grpo", "trl_rloo"):
         words = [w for w in TINY["rl"] if w not in SMALL_SEQ2SEQ]
         return [*SMALL_CAUSAL, *words, "algo.k=2"]
+    if name == "trl_reward":  # writes nothing
+        return [*SMALL_CAUSAL, *FIT]
     taught = [teacher] if stage == "distill" else []
     return special.get(name) or [*TINY[stage], *taught]
 
