@@ -25,6 +25,7 @@ STAGES = (
     "pref",
     "rm",
     "rl",
+    "trl",
     "distill",
     "select",
     "refine",

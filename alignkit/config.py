@@ -25,6 +25,7 @@ NEEDS = {  # what a stage cannot do without
     "rl": ("data", "reward", "algo"),
     "distill": ("data", "algo"),
     "select": ("data", "algo"),
+    "trl": ("data", "algo"),
     "evaluate": ("data",),
     "evaluate_rm": ("data",),
     "evaluate_classes": ("data",),
@@ -41,6 +42,7 @@ SELECTS = {  # what can pick the best checkpoint of a stage that trains
     "pref": (*TEXTS, "preference_accuracy"),
     "rm": ("preference_accuracy", "correlation"),
     "distill": (*TEXTS, "accuracy"),
+    "trl": (*TEXTS, "preference_accuracy"),
 }
 ALL = tuple(dict.fromkeys(name for names in SELECTS.values() for name in names))
 

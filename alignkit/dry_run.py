@@ -244,10 +244,13 @@ def _single(cfg: DictConfig, found: Found) -> None:
     _say_steps(cfg, algo, prepared, rows, lengths, found)
     if reader is not None:
         _say_models(reader, cfg, [*more, *learned], found)
-        phases = needs(cfg, algo, reader, [*more, *learned], lengths)
-        sides = len(data.sides) if prepared and "chosen" in prepared[0] and cfg.stage in ("pref", "rm") else 1
-        _say_memory(phases, found)
-        _say_gpus(phases, work_of(cfg, algo, reader, [*more, *learned], lengths, len(prepared), sides), found)
+        if cfg.stage == "trl":
+            found.say("memory", "TRL's own; algo.trl.gradient_accumulation_steps cuts a step into parts.")
+        else:
+            phases = needs(cfg, algo, reader, [*more, *learned], lengths)
+            sides = len(data.sides) if prepared and "chosen" in prepared[0] and cfg.stage in ("pref", "rm") else 1
+            _say_memory(phases, found)
+            _say_gpus(phases, work_of(cfg, algo, reader, [*more, *learned], lengths, len(prepared), sides), found)
         _say_disk(cfg, reader, more, found)
     _say_time(cfg, algo, len(prepared), found)
     if reader is not None and (prepared or rows):
@@ -485,7 +488,7 @@ def steps_of(cfg: DictConfig, algo: Any, rows: int) -> int | None:
     """Steps of the training loop, where the stage has one and the rows are known."""
     if cfg.stage == "rl":
         return int(algo.steps)
-    if cfg.stage in ("sft", "pref", "rm", "distill", "select") and (rows or algo.steps):
+    if cfg.stage in ("sft", "pref", "rm", "distill", "select", "trl") and (rows or algo.steps):
         steps = int(algo.steps_over(rows))
         if cfg.stage == "select":
             algo.phase_ends(steps)  # refuses more phases than steps

@@ -31,7 +31,10 @@ LOADED = (
     "name_or_path",
     "_name_or_path",
 )  # transformers' notes of where a model or tokenizer was read from
-RECORDS = (".hydra", ".lock", "command.txt", "config.yaml", "environment.json", "data.json", "wandb", "README.md")
+RECORDS = (
+    ".hydra", ".lock", "command.txt", "config.yaml", "environment.json", "data.json", "wandb", "README.md",
+    "training_args.bin", "trainer_state.json",  # TRL's: paths, clock times, and tokens that it counts from 0 after a resume
+)  # fmt: skip
 NOTHING_TO_RESUME = {
     "evaluate": "it measures and learns nothing, and is done again from the start",
     "evaluate_rm": "it measures and learns nothing, and is done again from the start",

@@ -41,6 +41,7 @@ TINY = {  # stage → words of a run of seconds
     "sft": [*SMALL_CAUSAL, *WRITE],
     "pref": [*SMALL_CAUSAL, *WRITE],
     "rm": FIT,
+    "trl": [*SMALL_CAUSAL, *WRITE],
     "rl": [*SMALL_SEQ2SEQ, "algo.steps=2", "algo.prompts_per_step=4", "algo.max_new_tokens=6", "evaluate.max_new_tokens=6", *FEW],
     "distill": [*CLASSES, *FEW],
     "select": [*CLASSES, "algo.phases=2"],
@@ -103,6 +104,11 @@ def tiny(name: str, stage: str, made: dict[str, str]) -> list[str]:
         "evaluate_rm": [f"model.path={made['reward']}", "data=polite", *FEW],
         "finetune": [*TINY["distill"], "model.vocab_size=300"],
     }  # fmt: skip
+    if name in ("trl_grpo", "trl_rloo"):
+        words = [w for w in TINY["rl"] if w not in SMALL_SEQ2SEQ]
+        return [*SMALL_CAUSAL, *words, "algo.k=2"]
+    if name == "trl_reward":  # writes nothing
+        return [*SMALL_CAUSAL, *FIT]
     taught = [teacher] if stage == "distill" else []
     return special.get(name) or [*TINY[stage], *taught]
 

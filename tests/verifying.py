@@ -27,7 +27,10 @@ ENCODER = [*SHORT, "algo.batch_size=8", *(f"model.config.{k}" for k in ("hidden_
 PREF = [*SHORT, *SMALL_CAUSAL, "algo.batch_size=8", "algo.max_response_tokens=24"]
 GRID = "algo.grid=[[1,0,0,0],[1,1,0,0]]"
 REFINE = ["run.threads=1", "algo.max_new_tokens=16"]
+TRL = [*SMALL_RL, *SMALL_CAUSAL, "reward=length", "algo.k=4"]
 OWN = {
+    "trl_grpo": TRL,
+    "trl_rloo": TRL,
     "rm_regression": [*SHORT, "algo.batch_size=8"],
     "pairwise_rm": [*SHORT, *SMALL_CAUSAL, "algo.batch_size=8"],
     "sft": [*SHORT, *SMALL_SEQ2SEQ, "data=rnnlg", "algo.batch_size=8"],
@@ -42,7 +45,13 @@ OWN = {
     "judge": ["data=lists", "reward=list_score", "algo.outputs={{a: {answers}, b: {answers}}}", "evaluate.rows=8"],
     "srt_self": ["run.threads=1", "model.path={critical}", "data.train={prompts}"],
 }  # fmt: skip
-STAGES = {"rl": [*SMALL_RL, *SMALL_CAUSAL], "pref": PREF, "rm": ENCODER, "refine": REFINE}
+STAGES = {
+    "rl": [*SMALL_RL, *SMALL_CAUSAL],
+    "pref": PREF,
+    "rm": ENCODER,
+    "refine": REFINE,
+    "trl": [*SHORT, *SMALL_CAUSAL, "algo.batch_size=8"],
+}
 
 
 def verified(*words: str) -> subprocess.CompletedProcess[str]:

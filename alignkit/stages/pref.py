@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,7 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Pref, reward: Any) -> dict[
     references = References(cfg, data, algo, {"train": rows})
     _tell_cut(policy, rows, data.sides, algo, run)
 
-    @torch.no_grad()
-    def ranked(split: str, part: list[Row]) -> list[float]:
-        found: list[float] = []
-        for first in range(0, len(part), cfg.evaluate.batch_size):
-            batch = references.batch(policy, split, part[first : first + cfg.evaluate.batch_size])
-            found += right(algo.margins(algo.pairs(policy, batch))).tolist()
-        return found
-
-    held_out = HeldOut(cfg.evaluate, data, reward, run, ranked)
+    held_out = HeldOut(cfg.evaluate, data, reward, run, partial(references.ranked, policy))
     return fit(run, policy, algo, rows, lambda part: references.batch(policy, "train", part), held_out, data.texts())
 
 
@@ -66,6 +59,15 @@ class References:
             found = self.known[split, q.name][[row["id"] for row in rows]].flatten(0, 1).to(batch.mask.device)
             extra[q.name] = found if found.dim() == 1 else found[:, : batch.mask.shape[1]]
         return batch.with_(extra=extra)
+
+    @torch.no_grad()
+    def ranked(self, policy: Policy, split: str, rows: list[Row]) -> list[float]:
+        """Of a split's pairs, 1 where the policy ranks one as the data do, 0 where not, a half where it is even."""
+        found: list[float] = []
+        for first in range(0, len(rows), self.cfg.evaluate.batch_size):
+            batch = self.batch(policy, split, rows[first : first + self.cfg.evaluate.batch_size])
+            found += right(self.algo.margins(self.algo.pairs(policy, batch))).tolist()
+        return found
 
     def _collate(self, policy: Policy, rows: list[Row]) -> Batch:
         collate = policy.judged if len(self.data.sides) == 1 else policy.pairs
