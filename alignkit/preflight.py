@@ -354,8 +354,8 @@ def _try(
             too_large(run, "update", f"the longest batch, before the first step{shape and ': '}{shape}", e)
         ) from None
     finally:
-        if model.shards:
-            model.shards.take_gradients()
+        if run.shards:
+            run.shards.take_gradients()
         for p in weights:
             p.grad = None
         run.ledger.clear()

@@ -78,7 +78,7 @@ class Run:
         self._inside = 0.0  # seconds of the phases within the present one
         self._shape = ""  # of what the present phase works at, in words
         self._order: tuple[int, int, list[int]] = (-1, -1, [])
-        self._shards: Any = None  # of the weights, where several ranks share them
+        self.shards: Any = None  # of the weights, where several ranks share them
         _keep_freed_memory()
         self.dir.mkdir(parents=True, exist_ok=True)
         self.checkpoint = ranks.agreed(self._latest())
@@ -136,15 +136,16 @@ class Run:
         if self.cfg.run.shard and ranks.size() > 1:
             from alignkit.sharding import Shards
 
-            policy.shards = self._shards = Shards(modules, policy.compute)
-        own = self._shards.own if self._shards else lambda p: p
+            reader = getattr(policy, "policy", policy)  # a comparator asks a policy
+            reader.shards = self.shards = Shards(modules, reader.compute)
+        own = self.shards.own if self.shards else lambda p: p
         groups = [{"params": [own(p) for p in module.parameters() if p.requires_grad]} for module in modules]
         adamw = torch.optim.AdamW(
             groups, lr=algo.lr, betas=tuple(algo.betas), weight_decay=algo.weight_decay, fused=True
         )
         if self.checkpoint and not fresh:
             learned = torch.load(self.checkpoint / "state" / "optimizer.pt", weights_only=True)
-            (self._shards.load_state if self._shards else torch.optim.Optimizer.load_state_dict)(adamw, learned)
+            (self.shards.load_state if self.shards else torch.optim.Optimizer.load_state_dict)(adamw, learned)
         return adamw
 
     @contextmanager
@@ -223,8 +224,8 @@ class Run:
         total, count = 0.0, 0.0
         metrics: dict[str, float] = {}
         sums = []
-        if self._shards:
-            self._shards.apart()
+        if self.shards:
+            self.shards.apart()
         own = ranks.dealt(parts)  # of several ranks one may have none
         with ranks.alone():
             for part, counts in own:
@@ -237,9 +238,9 @@ class Run:
             total, count = total + loss_sum, count + counted
             for name, value in means.items():
                 metrics[name] = metrics.get(name, 0.0) + value * counted
-        if self._shards:
-            self._shards.take_gradients()
-        is_part = self._shards.is_part if self._shards else lambda p: False
+        if self.shards:
+            self.shards.take_gradients()
+        is_part = self.shards.is_part if self.shards else lambda p: False
         ranks.sum_gradients([p for group in optimizer.param_groups for p in group["params"] if not is_part(p)])
         count = count or 1.0
         norms = []
@@ -248,7 +249,7 @@ class Run:
             for p in parameters:
                 p.grad.div_(count)
             length = torch.nn.utils.get_total_norm([p.grad for p in parameters if not is_part(p)])
-            if self._shards:
+            if self.shards:
                 of_parts = torch.nn.utils.get_total_norm([p.grad for p in parameters if is_part(p)])
                 length = (length**2 + ranks.summed(of_parts**2)).sqrt()
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm or math.inf, length)
@@ -383,9 +384,9 @@ class Run:
         Args:
             tensors: what of the algorithm's state is no JSON: ``state/algo.pt``.
         """
-        if self._shards:
-            self._shards.whole()
-        learned = self._shards.full_state(optimizer) if self._shards else optimizer.state_dict()
+        if self.shards:
+            self.shards.whole()
+        learned = self.shards.full_state(optimizer) if self.shards else optimizer.state_dict()
         ranks.each(lambda: self._save(step, policy, learned, algo_state, tensors) if ranks.first() else None)
 
     def _save(
@@ -488,8 +489,8 @@ class Run:
                 raise UserError(
                     f"{best}, the best on dev, is gone. Restore it, or take the last with evaluate.final=last."
                 )
-            if self._shards:
-                self._shards.whole()  # and so it stays
+            if self.shards:
+                self.shards.whole()  # and so it stays
             policy.restore(best)
             if not self.best["step"]:
                 self.progress.say(
@@ -497,8 +498,8 @@ class Run:
                 )
             weights_of = int(self.best["step"])
         after = held_out.test(policy, "after")
-        if self._shards:
-            self._shards.whole()
+        if self.shards:
+            self.shards.whole()
         result: dict[str, Any] = ranks.each(
             lambda: self._final(policy, steps, weights_of, after) if ranks.first() else {}
         )[0]

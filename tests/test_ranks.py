@@ -76,7 +76,9 @@ def test_the_number_of_processes_changes_nothing(runs: Path, name: str, how: str
     for one, other in zip(log, their_log, strict=True):
         for key in ("loss", "reward", "grad_norm", "kl", "dev/reward", "preference_accuracy"):
             assert (key in one) == (key in other), key
-            assert other.get(key, 0.0) == pytest.approx(one.get(key, 0.0), rel=1e-2 if rough else 1e-3, abs=1e-5), key
+            assert other.get(key, 0.0) == pytest.approx(
+                one.get(key, 0.0), rel=1e-2 if rough else 1e-3, abs=2e-3 if rough else 1e-5
+            ), key
     assert their_result["samples"] == result["samples"] and their_result["tokens"] == result["tokens"]
 
 
