@@ -51,10 +51,10 @@ def launch(cfg: DictConfig) -> dict[str, Any]:
     an unfinished run is gone on with. Nothing heavy is imported before the configuration and the data are checked.
     """
     check(cfg)
-    if processes.several():
-        return take_part(cfg)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if processes.several():
+        return take_part(cfg)
     data = None if cfg.stage in ("pipeline", "study") else _build(cfg.data, "data")
     if data and data.show:
         from alignkit.show import show_rows
@@ -102,17 +102,23 @@ def take_part(cfg: DictConfig) -> dict[str, Any]:
         ranks.barrier()
         done = ranks.agreed(_finished(cfg, directory, data))
         if done is None:
+            if ranks.first():
+                _record_composition(cfg, directory / ".hydra")
             return _run(cfg, data)
         print(f"{directory} is finished; nothing to do. Start anew with run.overwrite=true.")
         return done
 
 
-def share_in(cfg: DictConfig) -> None:
-    """Be one of the processes that ``launch`` has started; it holds the lock and has looked at what is there."""
+def share_in(cfg: DictConfig, words: dict[str, str]) -> None:
+    """Be one of the processes that ``launch`` has started; it holds the lock and has looked at what is there.
+
+    Args:
+        words: the settings that were given, as ``unread.given`` told there.
+    """
     from alignkit import ranks
 
     with ranks.joined(cfg.run.patience):
-        _run(cfg, _build(cfg.data, "data"))
+        _run(cfg, _build(cfg.data, "data"), words)
 
 
 def _record_composition(cfg: DictConfig, folder: Path) -> None:
@@ -179,8 +185,8 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _run(cfg: DictConfig, data: Data | None) -> dict[str, Any]:
-    with Watch(cfg, given(cfg)) as watch:
+def _run(cfg: DictConfig, data: Data | None, words: dict[str, str] | None = None) -> dict[str, Any]:
+    with Watch(cfg, given(cfg) if words is None else words) as watch:
         watch.over("data")
         record = _read(cfg, data) if data else {"sha256": fingerprint(cfg, None)}
         with _threads(cfg.run.threads):

@@ -264,7 +264,8 @@ class Policy(Reader):
         ended = torch.isin(ids, torch.tensor(self.eos, device=ids.device)).long()
         mask = ended.cumsum(1) - ended == 0  # up to and with the first end-of-sequence token
         group = torch.arange(len(rows), device=self.device)
-        return Batch(prompt_ids, prompt_mask, ids, mask, group, rows, self.decode_text(ids, mask))
+        batch = Batch(prompt_ids, prompt_mask, ids, mask, group, rows, self.decode_text(ids, mask))
+        return batch.with_(extra={"ended": self.ended(ids, mask)})
 
     def train(self, mode: bool) -> None:
         """Training or evaluation mode, of a critic's own trunk too."""

@@ -63,6 +63,8 @@ def rl(run: Run, policy: Policy, algo: Any, rows: list[Row], reward: Reward, opt
             run, policy, optimizer, lambda: _longest_samples(policy, algo, met), lambda part: _score(policy, algo, part)
         )
     except UserError as e:  # responses may never become so long
+        if run.shards:  # the other processes wait for this one's pass
+            raise
         _tell(run, [f"if every response goes to its limit, this will happen: {e}"])
     policy.train(False)
 
@@ -307,11 +309,11 @@ def disk(run: Run, model: Any, optimizer: torch.optim.Optimizer, steps: int) -> 
     left = steps - run.first_step
     saves = left // run.cfg.run.save_every + bool(left % run.cfg.run.save_every)
     kept = min(max(1, run.cfg.run.keep) + 1, saves)  # one more while it takes the place of the oldest
-    there = len(list(run.dir.glob("checkpoint-*[0-9]")))
-    needed, free = one * max(0, kept - there), shutil.disk_usage(run.dir).free
+    there = len(list(run.home.glob("checkpoint-*[0-9]")))
+    needed, free = one * max(0, kept - there), shutil.disk_usage(run.home).free
     if needed > free:
         raise UserError(
-            f"{run.dir}: {kept} checkpoints of {_size(one)} lie there at the same time (run.keep={run.cfg.run.keep} and the one that "
+            f"{run.home}: {kept} checkpoints of {_size(one)} lie there at the same time (run.keep={run.cfg.run.keep} and the one that "
             f"is written), but {_size(free)} are free. Lower run.keep, choose another run.root, or free some space."
         )
 
@@ -432,12 +434,12 @@ def too_large(run: Run, phase: str, what: str, e: BaseException) -> str:
         for name in SMALLER.get(phase, ("algo.micro_tokens", "model.compute", "evaluate.batch_size"))
         if (value := OmegaConf.select(settings, name, default=missing)) is not missing
     ][:3]
-    kept = saved(run.dir)
+    kept = saved(run.home)
     return (
         f"out of memory in phase {phase}{f' ({what})' if what else ''}: {(str(e).splitlines() or [type(e).__name__])[0][:160]} Change "
         f"{', '.join(named)}. "
         + (
-            f"Nothing that was computed up to step {kept} is lost: it is saved in {run.dir}."
+            f"Nothing that was computed up to step {kept} is lost: it is saved in {run.home}."
             if kept >= 0
             else "No step was done yet."
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from alignkit import unread
 from alignkit.errors import Stopped, UserError
 
 GRACE = 15.0  # seconds that the others have to stop by themselves once one has ended
@@ -36,7 +37,8 @@ def run(cfg: DictConfig, count: int) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="alignkit-") as folder:
         given = Path(folder) / "given.json"
-        given.write_text(json.dumps({"cfg": OmegaConf.to_yaml(cfg), "argv": sys.argv}), encoding="utf-8")
+        told = {"cfg": OmegaConf.to_yaml(cfg), "argv": sys.argv, "given": unread.given(cfg)}
+        given.write_text(json.dumps(told), encoding="utf-8")
         command = [sys.executable, "-m", "alignkit.processes", str(given)]
         shared = {
             **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count),
@@ -48,27 +50,35 @@ def run(cfg: DictConfig, count: int) -> None:
             subprocess.Popen(command, env={**shared, "RANK": str(i), "LOCAL_RANK": str(i)}, start_new_session=True)
             for i in range(count)
         ]
-        codes = _look_after(children)
-        told = [Path(folder) / f"error-{i}.json" for i in range(count)]
-        for file in (f for f in told if f.exists()):
-            kind, message = json.loads(file.read_text(encoding="utf-8"))
+        codes, asked = _look_after(children)
+        errors = [Path(folder) / f"error-{i}.json" for i in range(count)]
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in errors if file.exists()]
+    for kind, message in found:
+        if kind in ERRORS:
             raise ERRORS[kind](message)
-    ended = next(((i, code) for i, code in enumerate(codes) if code not in (0, LEFT)), None)
-    ended = ended or next(((i, code) for i, code in enumerate(codes) if code), None)
-    if ended is None:
+    if not any(codes):
         return
-    i, code = ended[0], ended[1]
+    if asked:
+        raise Stopped("stopped at once.")
+    i, code = next(((i, code) for i, code in enumerate(codes) if code not in (0, LEFT)), (0, LEFT))
     how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+    if code == 1:
+        how += f" (where it says Timeout, it had waited for run.patience={cfg.run.patience} seconds)"
+    if code == LEFT:
+        how = f"was left by the others ({found[0][1] if found else 'they are gone'})"
     raise UserError(
         f"process {i} of {count} {how}; the others were stopped. Repeat the command to go on from the last checkpoint."
     )
 
 
-def _look_after(children: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes; 0 also of those that were stopped because another one had failed. Ctrl-C and SIGTERM are handed on: all save and stop
-    by themselves."""
+def _look_after(children: list[subprocess.Popen[bytes]]) -> tuple[list[int], bool]:
+    """(exit codes, 0 also of those that were stopped because another one had failed; whether a signal came). Ctrl-C and SIGTERM are
+    handed on: all save and stop by themselves."""
+    asked = False
 
     def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
         for child in children:
             child.send_signal(number)
 
@@ -81,7 +91,7 @@ def _look_after(children: list[subprocess.Popen[bytes]]) -> list[int]:
         until = time.monotonic() + GRACE  # after an error, a stop, or when one is gone, the others end by themselves
         while None in [child.poll() for child in children] and time.monotonic() < until:
             time.sleep(0.05)
-        return [child.returncode or 0 for child in children]
+        return [child.returncode or 0 for child in children], asked
     finally:
         for child in children:
             if child.poll() is None:
@@ -117,14 +127,25 @@ def main() -> None:
 
     register()
     try:
-        share_in(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(given["cfg"])))  # type: ignore[arg-type]
+        cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(given["cfg"]))
+        share_in(cfg, given["given"])  # type: ignore[arg-type]
     except (UserError, Stopped) as e:
-        (file.parent / f"error-{os.environ['RANK']}.json").write_text(json.dumps([type(e).__name__, str(e)]))
+        _leave(file, e)
         sys.exit(130 if isinstance(e, Stopped) else 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except RuntimeError as e:
         if not isinstance(e, Elsewhere) and "gloo" not in str(e).lower() and "nccl" not in str(e).lower():
             raise
-        sys.exit(LEFT)  # another one is gone: it is that one of which the first process tells
+        if not isinstance(e, Elsewhere):
+            _leave(file, e)
+        sys.exit(LEFT)  # mostly another one is gone, and tells why, or is told of by the one that has started it
+
+
+def _leave(file: Path, e: Exception) -> None:
+    """Tell the one that has started this process what has happened."""
+    text = str(e) if isinstance(e, UserError | Stopped) else (str(e).splitlines() or [type(e).__name__])[0]
+    (file.parent / f"error-{os.environ['RANK']}.json").write_text(json.dumps([type(e).__name__, text]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import atexit
 import faulthandler
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -38,7 +37,7 @@ class Elsewhere(RuntimeError):
 
 @contextmanager
 def joined(patience: float | None) -> Iterator[None]:
-    """Meet the other processes, at the first run for good; ``patience``: seconds without a message or the end of a phase.
+    """Meet the other processes, at the first run for good; ``patience``: seconds without a message, a pass through a model, or the end of a phase.
 
     Raises:
         UserError: they cannot be met.
@@ -47,7 +46,10 @@ def joined(patience: float | None) -> Iterator[None]:
     _patience = patience
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        there, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if here > there:
+            raise UserError(f"{here} processes on a machine of {there} GPUs: each takes one. Start {there}.")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         if not dist.is_initialized():
             wait = timedelta(seconds=2 * patience if patience else 10**6)  # the watchdog tells first
@@ -57,15 +59,15 @@ def joined(patience: float | None) -> Iterator[None]:
         raise UserError(
             f"the processes cannot meet: {str(e).splitlines()[0]} Start them with run.processes=N, torchrun or accelerate launch."
         ) from None
-    streams = sys.stdout, sys.stderr, sys.excepthook
-    if not first():  # what all would say, the first one says; a fault is told wherever it happens
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        sys.excepthook = lambda *e: traceback.print_exception(*e, file=sys.__stderr__)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        sys.stdout, sys.stderr = streams[:2]
+    streams = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        if not first():  # what all would say, the first one says
+            sys.stdout = sys.stderr = nowhere
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            sys.stdout, sys.stderr = streams
 
 
 def _part() -> None:
@@ -249,7 +251,7 @@ def _on_cpu(x: Any) -> Any:
 
 
 def watch() -> None:
-    """From now on ``patience`` seconds may pass until the next call, here or before a message; after them the stacks of all threads
+    """From now on ``patience`` seconds may pass until the next call, of a pass through a model or before a message; after them the stacks of all threads
     are written and the process ends."""
     if dist.is_initialized() and _patience:
         faulthandler.dump_traceback_later(_patience, exit=True, file=sys.__stderr__ or 2)

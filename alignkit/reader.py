@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from alignkit import ranks
 from alignkit.batch import Batch
 from alignkit.data import Row
 from alignkit.errors import UserError
@@ -173,6 +174,7 @@ class Reader:
 
         The cast stands in the graph, so that gradients of micro-batches add up in float32.
         """
+        ranks.watch()
         model = self.model if model is None else model
         if self.compute == next(model.parameters()).dtype:
             return work()

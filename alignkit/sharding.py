@@ -1,7 +1,7 @@
 """FSDP2: every rank keeps a part of each layer, and of what AdamW knows of it, instead of all.
 
 The layers are *apart* in an update: ``fully_shard`` brings each together for its own forward and backward pass and sums its
-gradient into the parts, which all ranks have to do equally often (``ranks.lockstep``). For everything else, sampling, evaluating and
+gradient into the parts, which all ranks have to do equally often (``ranks.in_step``). For everything else, sampling, evaluating and
 saving, they are *whole*: the model is a plain one, on every rank. What is no layer (embeddings, last norm, head) every rank has in full.
 """
 
@@ -39,6 +39,12 @@ class Shards:
             raise UserError(
                 f"run.shard=true: {type(modules[0]).__name__} has no layers that transformers tells. Set run.shard=false."
             )
+        drops = [m for module in modules for m in module.modules() if getattr(m, "layerdrop", 0.0)]
+        if drops:
+            raise UserError(
+                f"run.shard=true: {type(drops[0]).__name__} drops layers (layerdrop), and each process would drop others. Set "
+                "model.config.encoder_layerdrop=0 model.config.decoder_layerdrop=0, or those of the model's own configuration."
+            )
         mesh = init_device_mesh(next(found[0].parameters()).device.type, (ranks.size(),))
         self._layers: list[FSDPModule] = []
         for layer in found:
@@ -73,8 +79,8 @@ class Shards:
         """Each rank keeps its part alone."""
         if self._apart:
             return
-        for module, hooks in self._hooks:
-            module._state_dict_pre_hooks.update(hooks)
+        for held, kept in self._hooks:
+            held.update(kept)
         for layer in self._layers:
             layer.set_reshard_after_forward(True)
             layer.reshard()
@@ -91,8 +97,14 @@ class Shards:
             layer.set_reshard_after_forward(False)
             assert isinstance(layer, torch.nn.Module)
             for module in layer.modules():  # FSDP's own, which would take the layers apart again
-                self._hooks.append((module, dict(module._state_dict_pre_hooks)))
-                module._state_dict_pre_hooks.clear()
+                hooks = (
+                    module._state_dict_pre_hooks,
+                    module._load_state_dict_pre_hooks,
+                    module._load_state_dict_post_hooks,
+                )
+                for held in hooks:
+                    self._hooks.append((held, dict(held)))
+                    held.clear()
         self._apart = False
         ranks.go_in_step(False)
 

@@ -217,3 +217,29 @@ def test_each_process_holds_a_part_of_the_layers_and_saves_all(tmp_path: Path) -
     assert all(one["own"] - shared <= 0.4 * (whole - shared) for one in found)
     for one in found:
         assert one["same"] and one["whole_again"] and one["apart_again"] == one["own"]
+
+
+def test_apart_the_best_weights_are_found_again(tmp_path: Path) -> None:
+    """``evaluate.final=best`` where the best step is not the last: it is read into layers that several processes share."""
+    words = [*METHODS["grpo"], "algo.lr=0.5", "evaluate.every=1", "evaluate.final=best", "evaluate.select=chrf"]
+    done = command("train", *words, f"run.root={tmp_path}", "run.processes=2", "run.shard=true")
+    assert done.returncode == 0, done.stderr
+    weights, _, result = found_in(tmp_path, words)
+    assert result["best"]["step"] < 5
+    best = Path(result["directory"]) / f"checkpoint-{result['best']['step']}"
+    assert apart(load_file(best / "model.safetensors"), weights) == 0
+
+
+def test_what_nothing_reads_is_told(tmp_path: Path) -> None:
+    words = [*METHODS["reinforce"], "algo.queue=77"]
+    done = command("train", *words, f"run.root={tmp_path}", "run.processes=2")
+    assert done.returncode == 0, done.stderr
+    assert found_in(tmp_path, words)[2]["unread"] == ["algo.queue=77"]
+    assert done.stderr.count("algo.queue") == 1
+
+
+def test_layers_that_each_would_drop_for_itself_are_refused(tmp_path: Path) -> None:
+    words = [*METHODS["sft"], "model.config.encoder_layerdrop=0.4", f"run.root={tmp_path}", "run.processes=2"]
+    done = command("train", *words, "run.shard=true")
+    assert done.returncode == 2
+    assert "model.config.encoder_layerdrop=0" in done.stderr and "Traceback" not in done.stderr

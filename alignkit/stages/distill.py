@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from alignkit import plots
+from alignkit import plots, ranks
 from alignkit.algos._distill import KNOWLEDGE, Distill
 from alignkit.classifier import Classifier
 from alignkit.data import Data, Row
@@ -33,7 +33,8 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: Distill, reward: Any) -> di
         held_out = HeldOut(cfg.evaluate, data, reward, run)
     run.added = {"selection": algo.spent()}
     result = fit(run, student, algo, rows, algo.collate(student), held_out, data.texts())
-    _plot(run)
+    if ranks.first():
+        _plot(run)
     return result
 
 

@@ -77,6 +77,7 @@ def steps(cfg: DictConfig) -> dict[str, list[str]]:
             f"run.wandb={run.wandb}",
             f"run.root={run.root}",
             f"run.concurrency={run.concurrency}",
+            *([f"run.processes={run.processes}", f"run.shard={str(run.shard).lower()}"] if run.processes > 1 else []),
             f"run.budget={'null' if run.budget is None else run.budget}",
             *(_fill(w, known, name) for w in _flat(words)),
         ]

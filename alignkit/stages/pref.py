@@ -101,8 +101,10 @@ class References:
             for q, file in missing:
                 found = self._answers(start, split, q)
                 partial = file.with_suffix(f".{os.getpid()}.partial")  # jobs of a sweep may come here at the same time
-                save_file({q.name: found}, partial)  # and every rank has the same
-                partial.rename(file)
+                if ranks.first():
+                    save_file({q.name: found}, partial)
+                    partial.rename(file)
+            ranks.barrier()
         for q, file in files:
             self.known[split, q.name] = load_file(file)[q.name]
 
