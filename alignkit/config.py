@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -349,6 +350,7 @@ def check(cfg: DictConfig) -> None:
         "run.save_every",
         "run.keep",
         "run.concurrency",
+        "run.processes",
         "evaluate.rounds",
         "evaluate.samples",
         "evaluate.batch_size",
@@ -361,6 +363,12 @@ def check(cfg: DictConfig) -> None:
         wrong.append(f"model.device: must be auto, cpu, mps, cuda or cuda:N; is '{cfg.model.device}'.")
     if cfg.run.threads is not None and cfg.run.threads < 1:
         wrong.append("run.threads: must be at least 1, or null for torch's choice.")
+    if cfg.run.patience is not None and cfg.run.patience <= 0:
+        wrong.append("run.patience: must be more than 0 seconds, or null to wait for ever.")
+    if cfg.run.shard and cfg.run.processes <= 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        wrong.append(
+            "run.shard: one process has all layers. Start several with run.processes=N, torchrun or accelerate launch."
+        )
     if not str(cfg.run.dir).strip():
         wrong.append("run.dir: must not be empty.")
     if not cfg.model.lora.r and (cfg.model.lora.alpha != Lora.alpha or cfg.model.lora.target_modules is not None):

@@ -47,7 +47,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         "+algo=esrl", "algo.stepps=3", "algo.lr=fast", "algo.k_min=1.5", "algo.standardize=1", "algo.baseline=median",
         "algo.betas=0.9", "data.limt=3", "data.prompt=7", "data.chat=null", "data.dev=???", "reward.weights=1",
         "reward.rewards.bleu.smoth=exp", "reward.rewards.slots.column=3", "evaluate.decode=gready", "evaluate.beams=0",
-        "run.keep=0", "run.wandb=on", "model.kind=decoder", "model.dtype=float8",
+        "run.keep=0", "run.processes=0", "run.patience=0", "run.shard=true", "run.wandb=on", "model.kind=decoder", "model.dtype=float8",
     )  # fmt: skip
     assert said == {
         "algo.stepps": "unknown. Did you mean 'steps'?",
@@ -66,6 +66,9 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         "evaluate.decode": "must be one of greedy, beam, sample; is 'gready'.",
         "evaluate.beams": "must be at least 1.",
         "run.keep": "must be at least 1.",
+        "run.processes": "must be at least 1.",
+        "run.patience": "must be more than 0 seconds, or null to wait for ever.",
+        "run.shard": "one process has all layers. Start several with run.processes=N, torchrun or accelerate launch.",
         "run.wandb": "must be one of auto, online, offline, disabled; is 'on'.",
         "model.kind": "must be one of auto, causal, seq2seq, encoder; is 'decoder'.",
         "model.dtype": "must be one of float32, bfloat16, float16; is 'float8'.",
