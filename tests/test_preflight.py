@@ -208,7 +208,7 @@ def test_what_is_want_of_memory(error: Exception, is_one: bool) -> None:
 def test_the_settings_that_help_are_named_with_their_values(
     tmp_path: Path, words: list[str], phase: str, named: list[str]
 ) -> None:
-    run: Any = SimpleNamespace(cfg=composed([*words, f"run.root={tmp_path}"]), dir=tmp_path)
+    run: Any = SimpleNamespace(cfg=composed([*words, f"run.root={tmp_path}"]), home=tmp_path)
     text = preflight.too_large(run, phase, "", MemoryError())
     assert all(name in text for name in named), text
 
