@@ -31,14 +31,7 @@ EVALUATES = (
     "evaluate_classes",
     "judge",
 )  # stages that learn nothing: no training rows are read, and they are done again
-SHARED = (
-    "sft",
-    "pref",
-    "rm",
-    "rl",
-    "distill",
-    "evaluate",
-)  # stages whose passes through the model several processes share
+SHARED = ("sft", "pref", "rm", "rl", "distill", "evaluate")  # stages whose passes several processes share
 MODELS = (  # settings that may name the folder of a model or a run
     "model.path", "model.steer.value", "model.steer.minus", "algo.critic.model", "algo.teacher", "algo.selector",
 )  # fmt: skip

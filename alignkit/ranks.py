@@ -27,7 +27,7 @@ from alignkit.errors import UserError
 T = TypeVar("T")
 BUCKET = 2**24  # elements of gradients that are summed in one message
 _alone = False  # within ``alone``: this rank does something by itself
-_patience: float | None = None
+_patience: float | None = None  # of the present run, for ``watch``
 _in_step = False  # the layers of the model are apart: every pass through it is one of all ranks
 
 
@@ -37,7 +37,10 @@ class Elsewhere(RuntimeError):
 
 @contextmanager
 def joined(patience: float | None) -> Iterator[None]:
-    """Meet the other processes, at the first run for good; ``patience``: seconds without a message, a pass through a model, or the end of a phase.
+    """Meet the other processes, at the first run for good.
+
+    Args:
+        patience: seconds that may pass without a message, a pass through a model or the end of a phase; None: any number.
 
     Raises:
         UserError: they cannot be met.
@@ -251,7 +254,7 @@ def _on_cpu(x: Any) -> Any:
 
 
 def watch() -> None:
-    """From now on ``patience`` seconds may pass until the next call, of a pass through a model or before a message; after them the stacks of all threads
-    are written and the process ends."""
+    """From now on ``patience`` seconds may pass until the next call: of a pass through a model, before a message, at either end of
+    a phase. After them the stacks of all threads are written and the process ends."""
     if dist.is_initialized() and _patience:
         faulthandler.dump_traceback_later(_patience, exit=True, file=sys.__stderr__ or 2)

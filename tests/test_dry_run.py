@@ -200,6 +200,13 @@ def test_a_sweep_is_told_a_job_at_a_time_and_leaves_nothing(tmp_path: Path) -> N
     assert refused.returncode == 2 and "chooses jobs by their results" in refused.stderr
 
 
+def test_a_pipeline_is_looked_at_without_torch(tmp_path: Path) -> None:
+    done = command("train", "+preset=sft_then_esrl", "--dry-run", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    imports = {line.rpartition("|")[2].strip() for line in done.stderr.split("\n") if line.startswith("import time:")}
+    assert done.returncode == 0 and "step esrl" in done.stdout
+    assert "alignkit.dry_run" in imports and "torch" not in imports
+
+
 def test_a_pipeline_names_its_steps(cli: Cli, tmp_path: Path) -> None:
     code, out, err = cli("train", "+preset=sft_then_esrl", "--dry-run")
     assert code == 0, err

@@ -18,7 +18,6 @@ from alignkit.config import check, signature, whole
 from alignkit.errors import Stopped, UserError, suggest
 from alignkit.files import write_atomically
 from alignkit.labels import LABELS
-from alignkit.stages import evaluate
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -113,6 +112,8 @@ def _check(commands: dict[str, list[str]]) -> None:
 
 def report(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: the test metrics of every step before and after it, and how far an RL step went from its start."""
+    from alignkit.stages import evaluate  # with torch, which this process has no use for before
+
     lines, note = ["| step | metric | before | after |", "|---|---|---|---|"], ""
     stages = {step: importlib.import_module(f"alignkit.stages.{result['stage']}") for step, result in results.items()}
     compared = {step: stage for step, stage in stages.items() if hasattr(stage, "side_by_side")}
