@@ -143,6 +143,7 @@ class RunSettings:
     project: str = "alignkit"  # wandb project
     processes: int = 1  # of this machine that share the work; several machines: torchrun or accelerate launch
     shard: bool = False  # with several processes: each keeps a part of every layer and of its optimizer state (FSDP2)
+    offload: bool = False  # AdamW and its moments in the processor's memory: a GPU holds weights and gradients alone
     patience: float | None = (
         1800  # seconds without a message from the other processes before stacks are written; null: wait
     )
@@ -466,10 +467,6 @@ def check(cfg: DictConfig) -> None:
         )
     if stage == "sft" and cfg.data and cfg.data.get("desirable"):
         wrong.append("data.desirable: the sft stage would learn the undesirable responses too; +algo=kto reads it.")
-    if cfg.model.compute != "same" and cfg.model.gradient_checkpointing:
-        wrong.append(
-            "model.gradient_checkpointing: recomputes with the float32 weights, so it needs model.compute=same."
-        )
     if wrong:
         raise UserError("the configuration cannot be run:\n" + "\n".join(f"  - {line}" for line in wrong))
 

@@ -419,9 +419,7 @@ class _Reading:
             self.put("model.dtype", dtype, "dtype")
         elif dtype is not None:
             self.miss("dtype", "the command takes float32; also model.dtype=bfloat16 or float16")
-        computes = False
         if self.says("bf16") and dtype in ("float32", "auto", None):
-            computes = True
             self.word("model.compute=bfloat16", "bf16")
         elif self.says("bf16"):
             self.miss("bf16", f"weights are {dtype} and are computed with as they are")
@@ -432,13 +430,7 @@ class _Reading:
         if self.says("fp16"):
             self.miss("fp16", "no mixed precision in float16; model.compute=bfloat16 is the one there is")
         if self.says("gradient_checkpointing"):
-            if computes:
-                self.miss(
-                    "gradient_checkpointing",
-                    "not together with model.compute=bfloat16; algo.micro_tokens=2048 saves memory too",
-                )
-            else:
-                self.word("model.gradient_checkpointing=true", "gradient_checkpointing")
+            self.word("model.gradient_checkpointing=true", "gradient_checkpointing")
         elif "gradient_checkpointing" not in self.given:
             self.out.defaults.append(
                 (

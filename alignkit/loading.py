@@ -81,7 +81,9 @@ def read(
             if getattr(module, "config", None) is not None and module.config._attn_implementation == "sdpa":
                 module.config._attn_implementation = "sdpa_float32"
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers before 5.2 has but the older name, which the later ones warn of
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if cfg.lora.r:
         model = _with_lora(model, cfg.lora, checkpoint, seed, task(model.config))
     return model.to(device).eval(), tokenizer, torch.bfloat16 if cfg.compute == "bfloat16" else dtype

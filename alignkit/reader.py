@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignkit import ranks
 from alignkit.batch import Batch
@@ -178,18 +180,19 @@ class Reader:
         model = self.model if model is None else model
         if self.compute == next(model.parameters()).dtype:
             return work()
-        cast = {
-            f"model.{name}": p.to(self.compute)
-            for name, p in model.named_parameters()
-            if not (self.shards and self.shards.is_apart(p))  # such a layer casts for itself
-        }
-        cast |= {
-            f"model.{name}": b.to(self.compute)
-            for name, b in model.named_buffers()
-            if b.is_floating_point() and not name.endswith("inv_freq")  # rotary angles need float32
-        }
-        result: T = torch.func.functional_call(Swapped(model), cast, (work,))
+        learning = torch.is_grad_enabled() and model.training
+        by_layer = tuple(
+            f"model.{name}."
+            for name, module in model.named_modules()
+            if getattr(module, "casts", False) and (learning or self._is_apart(module))
+        )
+        cast = {name: x for name, x in _weights(model) if not by_layer or not name.startswith(by_layer)}
+        cast = {name: x.to(self.compute) for name, x in cast.items()}
+        result: T = torch.func.functional_call(_Swapped(model), cast, (work,))
         return result
+
+    def _is_apart(self, layer: Any) -> bool:
+        return self.shards is not None and self.shards.is_apart(next(layer.parameters()))
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -265,7 +268,39 @@ class Reader:
         return torch.tensor(ids, dtype=torch.long, device=self.device), torch.tensor(mask, device=self.device)
 
 
-class Swapped(torch.nn.Module):
+def layers_of(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The layers of some models, as transformers tells them."""
+    return [m for module in modules for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def compute_in(layer: Any, compute: torch.dtype) -> None:
+    """Have a layer cast its own weights in each of its passes, also in the one that computes it anew for the backward pass, when no
+    cast of the whole model is in place. Weights that are cast already it takes as they are."""
+
+    def computed(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        cast = {name: x.to(compute) for name, x in _weights(layer) if x.dtype != compute}
+        if not cast:
+            return function(*args, **kwargs)
+        result: T = torch.func.functional_call(_Swapped(layer), cast, (lambda: function(*args, **kwargs),))
+        return result
+
+    if next(layer.parameters()).dtype == compute:
+        return
+    layer.casts = True
+    layer.forward = functools.wraps(layer.forward)(functools.partial(computed, layer.forward))
+    if layer.gradient_checkpointing:
+        anew = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = lambda function, *args: anew(functools.partial(computed, function), *args)
+
+
+def _weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """What is cast, by its name in ``_Swapped``: weights and buffers, but the rotary angles, which need float32."""
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if x.is_floating_point() and not name.endswith("inv_freq"):
+            yield f"model.{name}", x
+
+
+class _Swapped(torch.nn.Module):
     """Lets ``functional_call`` put other weights into a model while some work is done with it."""
 
     def __init__(self, model: Any) -> None:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file, save_model
 
-from alignkit import __version__, preflight, ranks
+from alignkit import __version__, adamw, preflight, ranks
 from alignkit.audit import Audit
 from alignkit.batch import Batch, Loss
 from alignkit.config import same_settings, same_sources, signature, whole
@@ -33,6 +33,7 @@ from alignkit.data import Row
 from alignkit.errors import Stopped, UserError
 from alignkit.files import as_lines, write_atomically
 from alignkit.progress import Progress
+from alignkit.reader import compute_in, layers_of
 from alignkit.rewards import Reward
 from alignkit.tracking import Tracker
 
@@ -133,20 +134,21 @@ class Run:
             print(f"warning: algo.warmup={algo.warmup} is not shorter than the run ({steps} steps).", file=sys.stderr)
         modules = [module for module in (policy.model, policy.critic, policy.beside) if module]
         ranks.begin_alike([x for module in modules for x in (*module.parameters(), *module.buffers())])
+        reader = getattr(policy, "policy", policy)  # a comparator asks a policy
         if self.cfg.run.shard and ranks.size() > 1:
             from alignkit.sharding import Shards
 
-            reader = getattr(policy, "policy", policy)  # a comparator asks a policy
             reader.shards = self.shards = Shards(modules, reader.compute)
+        elif self.cfg.model.gradient_checkpointing:
+            for layer in layers_of(modules):
+                compute_in(layer, reader.compute)
         own = self.shards.own if self.shards else lambda p: p
         groups = [{"params": [own(p) for p in module.parameters() if p.requires_grad]} for module in modules]
-        adamw = torch.optim.AdamW(
-            groups, lr=algo.lr, betas=tuple(algo.betas), weight_decay=algo.weight_decay, fused=True
-        )
+        made = adamw.Offloaded if self.cfg.run.offload else torch.optim.AdamW
+        optimizer = made(groups, lr=algo.lr, betas=tuple(algo.betas), weight_decay=algo.weight_decay, fused=True)
         if self.checkpoint and not fresh:
-            learned = torch.load(self.checkpoint / "state" / "optimizer.pt", weights_only=True)
-            (self.shards.load_state if self.shards else torch.optim.Optimizer.load_state_dict)(adamw, learned)
-        return adamw
+            adamw.load(optimizer, self.shards, self.checkpoint / "state")
+        return optimizer
 
     @contextmanager
     def training(self, steps: int) -> Iterator[None]:
@@ -384,27 +386,44 @@ class Run:
         Args:
             tensors: what of the algorithm's state is no JSON: ``state/algo.pt``.
         """
+        target = self.home / f"checkpoint-{step}"
+        if ranks.agreed(target.exists()):
+            return
         if self.shards:
             self.shards.whole()
-        learned = self.shards.full_state(optimizer) if self.shards else optimizer.state_dict()
-        ranks.each(lambda: self._save(step, policy, learned, algo_state, tensors) if ranks.first() else None)
+        learned, own = adamw.state_of(optimizer, self.shards)
+        moments = self.home / f"moments-{step}.partial" if self.shards else None
+        if moments:
+            file = moments / adamw.own_name()
+            ranks.each(lambda: self._save_own(own, file, target))
+        ranks.each(
+            lambda: self._save(target, step, policy, learned, moments, algo_state, tensors) if ranks.first() else None
+        )
+
+    def _save_own(self, own: dict[str, torch.Tensor], file: Path, target: Path) -> None:
+        with self._told(target):
+            file.parent.mkdir(exist_ok=True)
+            save_file(own, file)
 
     def _save(
         self,
+        target: Path,
         step: int,
         policy: Any,
         learned: dict[str, Any],
+        moments: Path | None,
         algo_state: dict[str, Any],
         tensors: dict[str, Any] | None,
     ) -> None:
-        target = self.home / f"checkpoint-{step}"
-        if target.exists():
-            return
         state = self._state(step, algo_state)
         with self.folder(target) as partial:
             policy.save(partial)
             (partial / "state").mkdir()
             torch.save(learned, partial / "state" / "optimizer.pt")
+            if moments:
+                for file in moments.iterdir():
+                    file.rename(partial / "state" / file.name)
+                moments.rmdir()
             if policy.critic is not None:
                 save_model(policy.critic, str(partial / "state" / "critic.safetensors"))
             if policy.beside is not None:
@@ -457,15 +476,21 @@ class Run:
             UserError: the disk is full or the folder cannot be written; what was there before is left alone.
         """
         partial = target.with_name(target.name + ".partial")
-        try:
+        with self._told(target):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
             _sync(partial)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
+
+    @contextmanager
+    def _told(self, target: Path) -> Iterator[None]:
+        """Say what is left where ``target`` cannot be written."""
+        try:
+            yield
         except (OSError, RuntimeError, SafetensorError) as e:  # torch reports a full disk as a RuntimeError
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(target.with_name(target.name + ".partial"), ignore_errors=True)
             kept = self._latest()
             if isinstance(e, NotImplementedError):
                 raise

@@ -167,7 +167,7 @@ def _head(model: Any, logits: bool, hidden: bool, layers: Sequence[int]) -> Iter
 
 def _shares_prompts(model: Any) -> bool:
     """Whether a prompt's cache can be handed to several rows: not of a recurrent state, nor while layers recompute or ranks go in step."""
-    recomputes = model.training and model.is_gradient_checkpointing
+    recomputes = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     return not ranks.in_step() and not recomputes and not getattr(model, "_is_stateful", False)
 
 

@@ -7,7 +7,6 @@ saving, they are *whole*: the model is a plain one, on every rank. What is no la
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch.distributed.tensor import DTensor
 
 from alignkit import ranks
 from alignkit.errors import UserError
-from alignkit.reader import Swapped
+from alignkit.reader import compute_in, layers_of
 
 
 class Shards:
@@ -34,7 +32,7 @@ class Shards:
         Raises:
             UserError: a model without layers that can be told.
         """
-        found = [m for module in modules for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
+        found = layers_of(modules)
         if not found:
             raise UserError(
                 f"run.shard=true: {type(modules[0]).__name__} has no layers that transformers tells. Set run.shard=false."
@@ -48,7 +46,7 @@ class Shards:
         mesh = init_device_mesh(next(found[0].parameters()).device.type, (ranks.size(),))
         self._layers: list[FSDPModule] = []
         for layer in found:
-            _compute_in(layer, compute)
+            compute_in(layer, compute)
             sharded = fully_shard(layer, mesh=mesh, reshard_after_forward=True)
             sharded.set_gradient_divide_factor(1.0)  # sums, which are divided once, by what all ranks have counted
             sharded.set_force_sum_reduction_for_comms(True)
@@ -108,61 +106,17 @@ class Shards:
         self._apart = False
         ranks.go_in_step(False)
 
+    def rows(self, p: Tensor) -> slice:
+        """Which rows (entries of the first dimension) of a weight what ``own`` has given holds: all of one that is no layer's."""
+        if not self.is_part(p):
+            return slice(0, len(p) if p.dim() else 1)
+        count = self._own[id(p)][0].shape[0]
+        each = -(-count // ranks.size())
+        return slice(min(count, each * ranks.rank()), min(count, each * (ranks.rank() + 1)))
+
     def take_gradients(self) -> None:
         """Hand the gradients of an update to the parts that the optimizer holds."""
         for p, part in self._own.values():
             if p.grad is not None:
                 assert isinstance(p.grad, DTensor)
                 part.grad, p.grad = p.grad.to_local(), None
-
-    # ---- the optimizer's state, which lies on the disk as one process would write it ------------------------------
-
-    def full_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The optimizer's ``state_dict`` with whole tensors, on the processor: on the first rank; others get none of them."""
-        state = optimizer.state_dict()
-        for i, p in enumerate(_weights(optimizer)):
-            held = self._own.get(id(p))
-            if held is None or i not in state["state"]:
-                continue
-            of = held[0]
-            for name, x in state["state"][i].items():
-                if x.dim():
-                    whole = DTensor.from_local(
-                        x, of.device_mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride()
-                    ).full_tensor()
-                    state["state"][i] = {**state["state"][i], name: whole.cpu() if ranks.first() else None}
-        return state
-
-    def load_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Read what ``full_state`` gave, or a single process; each rank keeps its part."""
-        for i, p in enumerate(_weights(optimizer)):
-            if (held := self._own.get(id(p))) is not None and i in state["state"]:
-                of = held[0]
-                state["state"][i] = {
-                    name: distribute_tensor(
-                        x.to(p.device), of.device_mesh, of.placements, src_data_rank=None
-                    ).to_local()
-                    if x.dim()
-                    else x
-                    for name, x in state["state"][i].items()
-                }
-        optimizer.load_state_dict(state)
-
-
-def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _compute_in(layer: Any, compute: torch.dtype) -> None:
-    """Have a layer cast its weights, once they are together, as ``Reader._computed`` does of a model that is whole."""
-    plain = layer.forward
-
-    @functools.wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        cast = {f"model.{name}": p.to(compute) for name, p in layer.named_parameters() if p.dtype != compute}
-        if not cast:
-            return plain(*args, **kwargs)
-        return torch.func.functional_call(Swapped(layer), cast, (lambda: plain(*args, **kwargs),))
-
-    if next(layer.parameters()).dtype != compute:
-        layer.forward = forward

@@ -47,20 +47,35 @@ def _start(count: int, words: list[str], folder: Path) -> None:
     assert codes == [0] * count, f"{codes}\n{said}"
 
 
-def _share_a_model(folder: Path) -> None:
-    """Take a small model apart and put it together; what is seen of it goes into ``folder``."""
-    import torch
+def shared_model() -> Any:
+    """The small model that ``spawned`` shares out."""
+    from omegaconf import OmegaConf
     from running import SMALL_CAUSAL, composed
 
-    from alignkit import policy, ranks
-    from alignkit.sharding import Shards
+    from alignkit import policy
 
     cfg = composed(["+algo=sft", *SMALL_CAUSAL])
-    from omegaconf import OmegaConf
+    return policy.load(OmegaConf.to_object(cfg.model), 0, ["a b c d e"] * 50).model.eval()
+
+
+def filled(i: int, shape: Any) -> Any:
+    """A gradient of weight i, different in every place."""
+    import torch
+
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape).add(i).sin()
+
+
+def _share_a_model(folder: Path) -> None:
+    """Take a small model apart and put it together; what is seen of it, and of its optimizer, goes into ``folder``."""
+    import torch
+    from safetensors.torch import save_file
+
+    from alignkit import adamw, ranks
+    from alignkit.sharding import Shards
 
     with ranks.joined(100):
-        own = policy.load(OmegaConf.to_object(cfg.model), 0, ["a b c d e"] * 50)
-        model, ids = own.model.eval(), torch.tensor([[1, 2, 3, 4]])
+        model, ids = shared_model(), torch.tensor([[1, 2, 3, 4]])
+        shapes = [p.shape for p in model.parameters()]
         before, state = model(ids).logits, {k: v.clone() for k, v in model.state_dict().items()}
         in_layers = sum(p.numel() for p in model.model.layers.parameters())
         whole = sum(p.numel() for p in model.parameters())
@@ -77,6 +92,19 @@ def _share_a_model(folder: Path) -> None:
         found["whole_again"] = state.keys() == again.keys() and all(torch.equal(state[k], again[k]) for k in state)
         shards.apart()
         found["apart_again"] = held()
+        parts = [shards.own(p) for p in model.parameters()]
+        one, other = torch.optim.AdamW(parts, lr=0.1), torch.optim.AdamW(parts, lr=0.1)
+        for i, (p, shape) in enumerate(zip(parts, shapes, strict=True)):
+            p.grad = filled(i, shape)[shards.rows(p)]
+        one.step()
+        state, moments = adamw.state_of(one, shards)
+        save_file(moments, folder / adamw.own_name())
+        if ranks.first():
+            torch.save(state, folder / "optimizer.pt")
+        ranks.barrier()
+        adamw.load(other, shards, folder)
+        wanted, again = one.state_dict()["state"], other.state_dict()["state"]
+        found["read_back"] = all(torch.equal(wanted[i][k], again[i][k]) for i in wanted for k in wanted[i])
         (folder / f"found-{ranks.rank()}.json").write_text(json.dumps(found), encoding="utf-8")
 
 

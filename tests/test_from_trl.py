@@ -294,7 +294,6 @@ def test_losses(more: str, trainer: str, wanted: dict[str, Any]) -> None:
         ("importance_sampling_level: sequence", "grpo", "importance_sampling_level: sequence"),
         ("reward_clip_range: [0, 5]", "rloo", "reward_clip_range: [0, 5]"),
         ("loss_type: dft", "sft", "loss_type: dft"),
-        ("gradient_checkpointing: true\nbf16: true", "sft", "gradient_checkpointing: true"),
         ("deepspeed: zero3.json", "sft", "deepspeed: zero3.json"),
         ("vllm_mode: server", "grpo", "vllm_mode: server"),
         ("max_prompt_length: 512", "dpo", "max_prompt_length: 512"),

@@ -57,7 +57,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(root / "1", *words)
     for count in (2, 4):
         each = [[*words, f"run.root={root}/{count}"] for words in METHODS.values()]
-        each += [[*words, f"run.root={root}/{count}-sharded", "run.shard=true"] for words in METHODS.values()]
+        how = ["run.shard=true", f"run.offload={str(count == 4).lower()}"]
+        each += [[*words, f"run.root={root}/{count}-sharded", *how] for words in METHODS.values()]
         together(count, each, root)
     return root
 
@@ -65,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("how", ["2", "4", "2-sharded", "4-sharded"])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_number_of_processes_changes_nothing(runs: Path, name: str, how: str) -> None:
-    """Nor does it that each has only a part of the layers (FSDP2)."""
+    """Nor does it that each has only a part of the layers (FSDP2), and that AdamW has them in the processor's memory (four of them)."""
     weights, log, result = found_in(runs / "1", METHODS[name])
     more, their_log, their_result = found_in(runs / how, METHODS[name])
     rough = name == "bfloat16"  # where layers are apart, passes have other shapes, and round otherwise
@@ -126,13 +127,15 @@ def test_a_killed_process_ends_all_and_the_command_goes_on_with_any_number(tmp_p
     assert "process 1 of 2 was killed (SIGKILL); the others were stopped. Repeat the command" in said
     assert "Traceback" not in said
     reached = max(int(p.name.rpartition("-")[2]) for p in folder.glob("checkpoint-*[0-9]"))
+    assert len(list(folder.glob(f"checkpoint-{reached}/state/moments-*"))) == (2 if shard == "run.shard=true" else 0)
     process = started(tmp_path, *words)
     until(lambda: (folder / f"checkpoint-{reached + 4}" / "state" / "run.json").exists(), process)
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 130
-    done = command("train", *words, f"run.root={tmp_path}", "run.processes=4", shard)
+    done = command("train", *words, f"run.root={tmp_path}", "run.processes=4", shard, "run.offload=true")
     assert done.returncode == 0, done.stderr
+    assert not list(folder.glob("*.partial"))
     weights, log, result = found_in(tmp_path, words)
     train(tmp_path / "whole", *words)
     whole, their_log, _ = found_in(tmp_path / "whole", words)

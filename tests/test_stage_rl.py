@@ -210,8 +210,10 @@ def test_before_the_first_update_nothing_has_moved(tmp_path: Path, name: str) ->
     ("name", "small"), [("reinforce", SMALL_CAUSAL), ("ppo", SMALL_CAUSAL), ("ppo", SMALL_SEQ2SEQ)],
     ids=["reinforce-causal", "ppo-causal", "ppo-seq2seq"],
 )  # fmt: skip
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path, name: str, small: list[str]) -> None:
+@pytest.mark.parametrize("compute", ["same", "bfloat16"])
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, name: str, small: list[str], compute: str) -> None:
     words = [f"+algo={name}", *small, *QUICK, *ONCE, "algo.steps=1", "algo.warmup=0", "algo.kl=0.1"]
+    words.append(f"model.compute={compute}")
     _, plain = train(tmp_path, *words)
     _, recomputed = train(tmp_path, *words, "model.gradient_checkpointing=true")
     assert plain != recomputed
