@@ -17,7 +17,7 @@ from alignkit.data import Row
 from alignkit.errors import UserError, suggest
 from alignkit.loading import kind_of, read
 from alignkit.reader import Reader
-from alignkit.scoring import Seen
+from alignkit.scoring import Seen, by_rows
 
 CHUNK = 512  # rows that are tokenized at a time
 
@@ -74,10 +74,7 @@ class Classifier(Reader):
         with self._evaluating():
             for first in range(0, len(rows), CHUNK):
                 batch = self.demonstrations(rows[first : first + CHUNK])
-                batch = batch.with_(extra={"row": torch.arange(len(batch), device=self.device)})
-                parts = batch.split(budget)
-                order = torch.cat([part.extra["row"] for part in parts]).argsort()
-                found.append(torch.cat([self.seen(part).logits.float() for part in parts])[order].cpu())
+                found.append(by_rows(batch, budget, lambda part: self.seen(part).logits))
         return torch.cat(found)
 
     def too_long(self, rows: list[Row]) -> int:

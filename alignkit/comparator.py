@@ -13,6 +13,7 @@ from alignkit.batch import Batch
 from alignkit.data import Row
 from alignkit.errors import UserError
 from alignkit.policy import Policy
+from alignkit.scoring import by_rows
 
 SETTINGS = "reward_model.json"
 
@@ -54,12 +55,9 @@ class Comparator:
         found = []
         for first in range(0, len(rows), 256):
             batch = self.pairs(rows[first : first + 256])
-            batch = batch.with_(extra={"row": torch.arange(len(batch), device=batch.mask.device)})
-            logits = torch.zeros(len(batch) // 2, dtype=torch.float64)
             with self.policy._evaluating():
-                for part in batch.split(budget):
-                    logits[part.extra["row"][0::2].cpu() // 2] = self.logits(part).double().cpu()
-            p = torch.sigmoid(logits)
+                logits = by_rows(batch, budget, lambda part: self.logits(part).repeat_interleave(2))[0::2]
+            p = torch.sigmoid(logits.double())
             found.append(0.5 + (p[0::2] - p[1::2]) / 2)  # exactly 1/2 where both orders are one
         return torch.cat(found)
 

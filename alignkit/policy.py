@@ -95,17 +95,14 @@ class Policy(Reader):
         texts = None if begun is None else begun[part]
         if not len(own) and not how.greedy:  # the others draw these numbers too, so every generator goes on alike
             torch.rand(among[1], how.max_new_tokens, generator=generator)
-        drawn = ranks.each(
-            lambda: (
-                self._draw(rows[part], counts[part], how, tau, generator, texts, among)
-                .with_(rows=[])
-                .to(torch.device("cpu"))
-                if len(own)
-                else None
-            )
-        )
-        whole = Batch.stack([one for one in drawn if one is not None], left=not self.is_encoder_decoder)
         owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
+        work = partial(self._draw, rows[part], counts[part], how, tau, generator, texts, among)
+        return self._together(work if len(own) else None, rows, owner)
+
+    def _together(self, work: Callable[[], Batch] | None, rows: list[Row], owner: Tensor) -> Batch:
+        """What ranks decode, some of them nothing, as one batch, of whose rows ``owner`` (B,) says to which of ``rows`` they belong."""
+        shares = ranks.each(lambda: work().with_(rows=[]).to(torch.device("cpu")) if work else None)
+        whole = Batch.stack([one for one in shares if one is not None], left=not self.is_encoder_decoder)
         return whole.to(self.device).with_(rows=[rows[i] for i in owner.tolist()], group=owner.to(self.device))
 
     def _draw(
@@ -253,6 +250,16 @@ class Policy(Reader):
 
     def beam(self, rows: list[Row], beams: int, max_new_tokens: int) -> Batch:
         """The best of a beam search for each row, by transformers' own search."""
+        if self.shards:
+            self.shards.whole()
+        if ranks.size() == 1:
+            return self._beam(rows, beams, max_new_tokens)
+        own = ranks.share(len(rows))
+        part = rows[own.start : own.stop]
+        work = partial(self._beam, part, beams, max_new_tokens)
+        return self._together(work if part else None, rows, torch.arange(len(rows)))
+
+    def _beam(self, rows: list[Row], beams: int, max_new_tokens: int) -> Batch:
         prompt_ids, prompt_mask = self._pad(self.encode_prompts(rows), "right" if self.is_encoder_decoder else "left")
         with self._evaluating():
             out = self.model.generate(

@@ -27,6 +27,7 @@ from alignkit.errors import UserError
 from alignkit.heads import Head, Scalar
 from alignkit.loading import read, resolve
 from alignkit.reader import Reader
+from alignkit.scoring import by_rows
 
 CHUNK = 512  # rows that are tokenized at a time
 
@@ -327,11 +328,7 @@ class RewardModel(Reader):
         found: list[Tensor] = []
         with self._evaluating():
             for first in range(0, len(rows), CHUNK):
-                batch = self.responses(rows[first : first + CHUNK])
-                batch = batch.with_(extra={"row": torch.arange(len(batch), device=batch.mask.device)})
-                parts = batch.split(budget)
-                order = torch.cat([part.extra["row"] for part in parts]).argsort()
-                found.append(torch.cat([function(part).float() for part in parts])[order].cpu())
+                found.append(by_rows(self.responses(rows[first : first + CHUNK]), budget, function))
         return torch.cat(found)
 
     # ---- on disk -------------------------------------------------------------------------------------------------

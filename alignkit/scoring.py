@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -199,6 +199,20 @@ def scatter(values: Tensor, where: Tensor, mask: Tensor) -> Tensor:
     """(n, ...) values at flat positions ``where`` → (B, T, ...), 0 elsewhere."""
     out = values.new_zeros(mask.numel(), *values.shape[1:])
     return out.index_put((where,), values).view(*mask.shape, *values.shape[1:])
+
+
+def by_rows(batch: Batch, budget: int, function: Callable[[Batch], Tensor]) -> Tensor:
+    """``function`` of micro-batches, (b, …) of b rows, put together in the batch's order: (B, …) float32, on the processor."""
+    index = torch.arange(len(batch), device=batch.mask.device)
+    own = ranks.dealt(ranks.split(batch.with_(extra={**batch.extra, "row": index}), budget))
+
+    def work() -> list[tuple[Tensor, Tensor]]:
+        found = [(part.extra["row"].cpu(), function(part).float().cpu(), counts) for part, counts in own]
+        return [(row, x) for row, x, counts in found if counts]
+
+    rows, values = zip(*(one for share in ranks.each(work) for one in share), strict=True)
+    found: Tensor = torch.cat(values)[torch.cat(rows).argsort()]
+    return found
 
 
 def by_parts(batch: Batch, budget: int, function: Any) -> Tensor:

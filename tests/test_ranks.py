@@ -32,7 +32,8 @@ METHODS = {  # as many micro-batches as can be, so that every rank has some; wit
     "pcrm": ["+algo=pcrm", *SMALL_RUN, *FIVE, "algo.batch_size=6", "algo.lr=1e-2", "model.config.hidden_dropout_prob=0",
              "model.config.hidden_size=16", "model.config.num_hidden_layers=1", "model.config.intermediate_size=32",
              "model.config.num_attention_heads=2"],
-    "sft": ["+algo=sft", "data=rnnlg", *SMALL_SEQ2SEQ, *SMALL_RUN, *FIVE, "model.config.dropout=0", "algo.batch_size=7", "algo.lr=1e-2"],
+    "sft": ["+algo=sft", "data=rnnlg", *SMALL_SEQ2SEQ, *SMALL_RUN, *FIVE, "model.config.dropout=0", "algo.batch_size=7", "algo.lr=1e-2",
+            "evaluate.decode=beam", "evaluate.beams=2"],
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from alignkit.batch import Batch
 from alignkit.config import Lora, Model
 from alignkit.decode import Decode
 from alignkit.policy import Policy, load
+from alignkit.reader import compute_in, layers_of
 from alignkit.scoring import by_parts, teacher_forced
 
 TEXTS = ["the cat sat", "a dog ran far", "birds sing", "we eat apples and bread", "rain"]
@@ -231,6 +232,35 @@ def test_gradient_checkpointing_changes_nothing(scored):
         model.gradient_checkpointing_disable()
         model.eval()
     assert float((again - grads).norm()) <= 1e-4 * float(grads.norm())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layers_that_are_computed_anew_are_cast_anew(name: str):
+    """In bfloat16 the gradient is bit for bit that of layers whose states are kept, and reaches the float32 weights."""
+    policy = built(name, compute="bfloat16")
+    model, batch = policy.model.train(), ragged(policy)
+    words = {"input_ids": batch.prompt_ids, "attention_mask": batch.prompt_mask.long(), "use_cache": False}
+    if policy.is_encoder_decoder:
+        words["decoder_input_ids"] = batch.response_ids
+
+    def passed() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        logits = policy._computed(lambda: model(**words).logits)
+        assert logits.dtype == torch.bfloat16
+        logits.float().square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    kept = passed()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers, casts = layers_of([model]), []
+    for layer in layers:
+        compute_in(layer, torch.bfloat16)
+        layer.register_forward_pre_hook(lambda layer, _: casts.append(next(layer.parameters()).dtype))
+    anew = passed()
+    assert len(layers) >= 2 and casts == [torch.float32] * len(layers)  # no copy of them lies in the whole model's cast
+    assert kept.keys() == anew.keys()
+    for name, grad in anew.items():
+        assert grad.dtype == torch.float32 and torch.equal(grad, kept[name]), name
 
 
 @every
