@@ -9,7 +9,7 @@ import pytest
 
 from alignkit.algos.trl_grpo import TrlGRPO
 from alignkit.errors import UserError
-from alignkit.stages.trl import _config
+from alignkit.stages.trl import configured
 
 
 def test_alignkits_names_and_the_rest():
@@ -17,9 +17,9 @@ def test_alignkits_names_and_the_rest():
                    trl={"loss_type": "grpo", "gradient_accumulation_steps": 3})  # fmt: skip
     cfg = SimpleNamespace(
         seed=5, model=SimpleNamespace(device="cpu", compute="bfloat16", gradient_checkpointing=False),
-        run=SimpleNamespace(save_every=7),
+        run=SimpleNamespace(save_every=7, dir="x"), evaluate=SimpleNamespace(every=0),
     )  # fmt: skip
-    found = _config(cfg, SimpleNamespace(dir="x"), algo, 11, 1)
+    found = configured(cfg, algo, 11, 1)
     wanted = {
         "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 3, "max_completion_length": 9,
         "beta": 0.02, "learning_rate": 3e-4, "loss_type": "grpo", "max_steps": 11, "seed": 5, "bf16": True, "save_steps": 7,
