@@ -117,7 +117,7 @@ def dry_words(words: list[str]) -> list[str]:
             import hydra_plugins.hydra_submitit_launcher  # noqa: F401
         except ImportError:
             raise UserError(
-                f"hydra/launcher={launcher}: hydra-submitit-launcher is not installed: pip install 'alignkit[slurm]'."
+                f"hydra/launcher={launcher}: hydra-submitit-launcher is not installed: pip install -e '.[slurm]' in alignkit's folder."
             ) from None
     folder = tempfile.mkdtemp(prefix="alignkit-dry-run-")  # Hydra notes the sweep in it
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
