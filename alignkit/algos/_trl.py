@@ -39,7 +39,8 @@ OURS = {  # TRL's name → the setting that takes its place, for every trainer
     "per_device_train_batch_size": "algo.batch_size", "seed": "seed", "output_dir": "run.dir", "run_name": "run.name",
     "save_strategy": "run.save_every", "save_steps": "run.save_every", "save_total_limit": "run.keep",
     "report_to": "run.wandb", "project": "run.project", "bf16": "model.compute", "fp16": "model.compute",
-    "gradient_checkpointing": "model.gradient_checkpointing", "use_cpu": "model.device", "model_init_kwargs": "model",
+    "gradient_checkpointing": "model.gradient_checkpointing", "activation_checkpointing": "model.gradient_checkpointing",
+    "use_cpu": "model.device", "model_init_kwargs": "model",
     "eval_strategy": "evaluate.every", "eval_steps": "evaluate.every", "eval_on_start": "evaluate.every",
     "load_best_model_at_end": "evaluate.final", "metric_for_best_model": "evaluate.select",
 }  # fmt: skip

@@ -35,6 +35,7 @@ def test_alignkits_names_and_the_rest():
         ("epsilonn", 0.1, "GRPOConfig has no such field. Did you mean 'epsilon'?"),
         ("learning_rate", 1.0, "is alignkit's to set: algo.lr"),
         ("beta", 1.0, "is alignkit's to set: algo.kl"),
+        ("activation_checkpointing", True, "is alignkit's to set: model.gradient_checkpointing"),
         ("report_to", "wandb", "is alignkit's to set: run.wandb"),
         ("push_to_hub", True, "cannot be set: nothing is uploaded"),
         ("sync_ref_model", True, "cannot be set: a stopped run could then not go on"),
