@@ -151,6 +151,21 @@ def test_a_wrong_value_is_one_line_before_a_model_is_built(name, word, says, cli
     assert not list(tmp_path.glob("runs/*/*")), "nothing was begun"
 
 
+def test_a_dry_run_refuses_what_a_run_does(cli, monkeypatch):
+    monkeypatch.setattr(policy, "load", lambda *a: pytest.fail("built"))
+    for words, says in (
+        (["reward=null"], "trl_grpo goes by a reward: choose one with reward=NAME"),
+        (["model.device=cuda:1"], "model.device=cuda:1: TRL takes the first device"),
+        (
+            ["run.save_every=3", "algo.trl.num_iterations=2"],
+            "run.save_every=3: TRL learns 2 steps from the same samples",
+        ),
+    ):
+        for more in ([], ["--dry-run"]):
+            code, _, err = cli("train", "+algo=trl_grpo", *ONLINE, *SMALL_CAUSAL, *words, *more)
+            assert code == 2 and err.startswith(f"error: {says}") and err.count("\n") == 1, err
+
+
 def test_every_word_of_trl_is_taken():
     """By TRL's documentation; of DPO one word stands for a list of it, of GRPO a truth value for a word."""
     cfg = composed(["+algo=trl_grpo", "model.device=cpu"])

@@ -42,12 +42,6 @@ THEIRS = ("trl", "transformers", "accelerate")  # packages in whose code TRL's s
 
 def run(cfg: DictConfig, run: Run, data: Data, algo: TRL, reward: Reward | None) -> dict[str, Any]:
     """Train with TRL; measure held-out rows before (where the model was trained before), now and then on dev, and after."""
-    if algo.needs_reward and reward is None:
-        raise UserError(f"{cfg.name} goes by a reward: choose one with reward=NAME (see `alignkit list`).")
-    if cfg.model.device not in ("auto", "cpu", "cuda", "mps"):
-        raise UserError(
-            f"model.device={cfg.model.device}: TRL takes the first device; choose it with CUDA_VISIBLE_DEVICES."
-        )
     rows = algo.prepare(data.rows("train"), data.sides)
     steps = algo.steps_over(len(rows))
     config = configured(cfg, algo, steps, len(data.sides))
@@ -229,8 +223,15 @@ def configured(cfg: DictConfig, algo: TRL, steps: int, sides: int) -> Any:
     """TRL's configuration: what alignkit and the method set, and the rest of ``algo.trl``. No model is needed for it.
 
     Raises:
-        UserError: a value that TRL does not know, or refuses; steps between which a run could not be gone on from.
+        UserError: no reward where the trainer goes by one, or a device that TRL does not take; a value that TRL does not know, or
+            refuses; steps between which a run could not be gone on from.
     """
+    if algo.needs_reward and not cfg.reward:
+        raise UserError(f"{cfg.name} goes by a reward: choose one with reward=NAME (see `alignkit list`).")
+    if cfg.model.device not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(
+            f"model.device={cfg.model.device}: TRL takes the first device; choose it with CUDA_VISIBLE_DEVICES."
+        )
     device = device_of(cfg.model.device)
     per_step = algo.per_step(sides)
     ours = {

@@ -16,7 +16,7 @@ def test_alignkits_names_and_the_rest():
     algo = TrlGRPO(k=4, prompts_per_step=6, max_new_tokens=9, kl=0.02, lr=3e-4, schedule="constant",
                    trl={"loss_type": "grpo", "gradient_accumulation_steps": 3})  # fmt: skip
     cfg = SimpleNamespace(
-        seed=5, model=SimpleNamespace(device="cpu", compute="bfloat16", gradient_checkpointing=False),
+        seed=5, reward="any", model=SimpleNamespace(device="cpu", compute="bfloat16", gradient_checkpointing=False),
         run=SimpleNamespace(save_every=7, dir="x"), evaluate=SimpleNamespace(every=0),
     )  # fmt: skip
     found = configured(cfg, algo, 11, 1)
