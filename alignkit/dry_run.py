@@ -117,7 +117,7 @@ def dry_words(words: list[str]) -> list[str]:
             import hydra_plugins.hydra_submitit_launcher  # noqa: F401
         except ImportError:
             raise UserError(
-                f"hydra/launcher={launcher}: hydra-submitit-launcher is not installed: pip install 'alignkit[slurm]'."
+                f"hydra/launcher={launcher}: hydra-submitit-launcher is not installed: pip install -e '.[slurm]' in alignkit's folder."
             ) from None
     folder = tempfile.mkdtemp(prefix="alignkit-dry-run-")  # Hydra notes the sweep in it
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -239,9 +239,10 @@ def _single(cfg: DictConfig, found: Found) -> None:
         engines.build(cfg, algo)
         found.say("engine", f"{cfg.engine._target_.rpartition('.')[2]}; its own memory is not in what follows")
     prepared = _prepared(cfg, data, algo, rows)
+    trl = _trl(cfg, algo, data, len(prepared)) if cfg.stage == "trl" else None
     reader, more = _models(cfg, data, algo, rows.get("train", []), found)
     lengths = _lengths(reader, prepared or rows.get("test") or rows.get("dev") or [], data) if reader else Lengths()
-    _say_steps(cfg, algo, prepared, rows, lengths, found)
+    _say_steps(cfg, algo, prepared, rows, lengths, found, trl)
     if reader is not None:
         _say_models(reader, cfg, [*more, *learned], found)
         if cfg.stage == "trl":
@@ -296,6 +297,13 @@ def _prepared(cfg: DictConfig, data: Data, algo: Any, rows: dict[str, list[Row]]
     if hasattr(algo, "prepare"):
         return list(algo.prepare(train, data.sides))
     return train
+
+
+def _trl(cfg: DictConfig, algo: Any, data: Data, rows: int) -> Any:
+    """The configuration that TRL's trainer would be given: what it refuses is refused here."""
+    from alignkit.stages.trl import configured
+
+    return configured(cfg, algo, steps_of(cfg, algo, rows) or 1, len(data.sides))
 
 
 def _reward(node: DictConfig, name: str, found: Found) -> list[Held]:
@@ -509,7 +517,13 @@ def samples_of(algo: Any) -> tuple[int, str]:
 
 
 def _say_steps(
-    cfg: DictConfig, algo: Any, prepared: list[Row], rows: dict[str, list[Row]], lengths: Lengths, found: Found
+    cfg: DictConfig,
+    algo: Any,
+    prepared: list[Row],
+    rows: dict[str, list[Row]],
+    lengths: Lengths,
+    found: Found,
+    trl: Any = None,
 ) -> None:
     if prepared and len(prepared) != len(rows.get("train", [])):
         found.say("taken", f"{len(prepared):,} training rows, as the method prepares them.")
@@ -533,12 +547,23 @@ def _say_steps(
                             + (f"; ends at algo.token_budget={algo.token_budget:,}." if algo.token_budget else "."))  # fmt: skip
         tokens = drawn * algo.max_new_tokens * algo.epochs
         found.say("trained", f"at most {tokens:,} response tokens a step, {steps * tokens:,} in all.")
+    elif cfg.stage == "trl" and algo.needs_reward:
+        # in micro-batches, of which TRL counts steps_per_generation and num_iterations
+        samplings = math.ceil(steps * algo.parts / (trl.steps_per_generation * trl.num_iterations))
+        each, longest = trl.generation_batch_size, algo.max_new_tokens
+        found.say("steps", f"{steps:,} optimizer updates of {algo.prompts_per_step} prompts with {algo.k} samples (algo.k), "
+                           f"{samplings * each / algo.k / max(1, len(prepared)):.2f} passes over the rows.")  # fmt: skip
+        found.say("sampled", f"at most {each * longest:,} tokens a sampling, {samplings * each * longest:,} in all ({samplings:,} "
+                             f"samplings of {each} responses).")  # fmt: skip
+        tokens = algo.per_step(1) * longest
+        found.say("trained", f"at most {tokens:,} response tokens a step, {steps * tokens:,} in all.")
     elif cfg.stage == "refine":
         found.say(
             "parts", f"{steps:,} of {algo.rows_per_part} rows; at most {algo.max_new_tokens} tokens a draft or sample."
         )
     else:
-        sides = 2 if prepared and "chosen" in prepared[0] and cfg.stage in ("pref", "rm") else 1
+        paired = cfg.stage in ("pref", "rm") or (cfg.stage == "trl" and algo.trainer != "SFT")
+        sides = 2 if paired and prepared and "chosen" in prepared[0] else 1
         each = algo.batch_size * sides * lengths.response
         episodes = f" ({algo.episodes_} student trainings)" if cfg.stage == "select" else ""
         found.say("steps", f"{steps:,} optimizer updates of {algo.batch_size} rows{episodes}, {steps * algo.batch_size / max(1, len(prepared)):.2f} "

@@ -196,7 +196,7 @@ def _run_stage(cfg: DictConfig, data: Data | None, record: dict[str, Any], watch
     run = Run(cfg, record["sha256"], sys.argv, second)
     if data:
         run.write_json("data.json", record)
-    watch.over("algo", "reward", "audit", "model", "evaluate")
+    watch.over("algo", "reward", "engine", "audit", "model", "evaluate")
     try:
         result: dict[str, Any] = stage.run(cfg, run, data, algo, reward)
         if not run.state:  # what was read before a resume is not known
@@ -275,7 +275,7 @@ def fingerprint(
 ) -> dict[str, str]:
     """Setting → SHA-256 of what it names: the data files, and the files that a ``_target_`` outside alignkit names."""
     found = {f"data.{split}": digest for split, digest in data.fingerprint(splits).items()} if data else {}
-    for name in ("data", "reward", "algo", "audit"):
+    for name in ("data", "reward", "engine", "algo", "audit"):
         for path, target in _targets(OmegaConf.to_container(cfg[name], resolve=True), name):
             file = None if target.startswith("alignkit.") else file_of(target)
             if file is not None:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from alignkit.origins import SECTIONS, given_keys, owner
 from alignkit.signature import lineage
 
-WATCHED = ("algo", "reward", "data", "model", "evaluate", "audit")
+WATCHED = ("algo", "reward", "engine", "data", "model", "evaluate", "audit")
 PASSES_ON = ("dataclasses", "alignkit.errors")  # modules that ask for a setting only to copy or to check it
 MOST = 60  # characters of a value that is said
 

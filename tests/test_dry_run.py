@@ -292,7 +292,7 @@ def test_a_launcher_that_is_not_installed(tmp_path: Path) -> None:
         [sys.executable, "-c", code, "train", *SLURM, *FIT, "--dry-run"], capture_output=True, text=True, cwd=tmp_path,
         check=False,
     )  # fmt: skip
-    assert done.returncode == 2 and "pip install 'alignkit[slurm]'" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "pip install -e '.[slurm]'" in done.stderr and "Traceback" not in done.stderr
     clean(tmp_path)
 
 

@@ -10,7 +10,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,13 @@ import numpy as np
 import pytest
 import torch
 from group import together
-from running import SMALL_CAUSAL, SMALL_RL, SMALL_SEQ2SEQ, composed, lines, train
+from running import SMALL_CAUSAL, SMALL_RL, SMALL_SEQ2SEQ, command, composed, lines, train
 
 from alignkit import engines
 from alignkit.batch import Batch
 from alignkit.config import Lora, Model, check, signature, whole
 from alignkit.decode import Decode
+from alignkit.engines import server as server_module
 from alignkit.engines.server import Server
 from alignkit.engines.vllm import VLLM
 from alignkit.errors import UserError
@@ -449,6 +453,142 @@ def test_a_server_that_is_down_is_named(tmp_path) -> None:
         train(tmp_path, *RL, "engine=vllm_server", "engine.url=http://127.0.0.1:9")
 
 
+@pytest.fixture
+def web():
+    """``web(answer)``: the address of a real HTTP server whose every request ``answer(handler)`` deals with."""
+    running = []
+
+    def start(answer: Any) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                answer(self)
+
+            do_POST = do_GET
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        running.append(server)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def page(status: int, body: bytes, kind: str = "text/html; charset=utf-8") -> Any:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Type", kind)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+def test_a_server_that_never_answers_is_waited_for_a_few_seconds(web, cli, monkeypatch) -> None:
+    """Before anything is loaded; the time for responses, engine.timeout, is another."""
+    assert server_module.FIRST == 10.0
+    monkeypatch.setattr(server_module, "FIRST", 0.3)
+    monkeypatch.setattr(rl, "load", lambda *a: pytest.fail("loaded"))
+    over = threading.Event()
+    url = web(lambda handler: over.wait(60))
+    try:
+        for more in ([], ["--dry-run"]):
+            begun = time.monotonic()
+            code, _, err = cli("train", *RL, "engine=vllm_server", f"engine.url={url}", *more)
+            assert time.monotonic() - begun < 20
+            assert (code, err) == (2, f"error: engine.url: {url} takes the connection, but has not answered /v1/models for 0.3 s. Is it a "
+                                   "vLLM server, and has it loaded its model? Look at its log, or set engine.url to another address.\n")  # fmt: skip
+    finally:
+        over.set()
+
+
+def test_responses_that_take_too_long_name_the_setting(web) -> None:
+    over = threading.Event()
+    url = web(lambda handler: over.wait(60))
+    try:
+        with pytest.raises(UserError, match=r"not answered /v1/models for 0\.2 s\. .* raise engine\.timeout\.$"):
+            Server(url=url, timeout=0.2).ready()
+    finally:
+        over.set()
+
+
+LONG = (
+    b"<html><head><title>\n 502 Bad &amp; Gateway </title></head><body>" + b"<p>nginx</p>\n" * 500 + b"</body></html>"
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (page(502, LONG), "the vLLM server at {url} fails at /v1/models (502: text/html, '502 Bad & Gateway'). Is it a vLLM server? "
+         "Set engine.url to its address."),
+        (page(404, LONG), "the vLLM server at {url} refuses /v1/models (404: text/html, '502 Bad & Gateway'). Is it a vLLM server? "
+         "Set engine.url to its address."),
+        (page(200, LONG), "engine.url: {url}/v1/models names no model but answers text/html, '502 Bad & Gateway'; is it a vLLM server?"),
+        (page(200, b"word\n" * 500, "text/plain"), "engine.url: {url}/v1/models names no model but answers text/plain, '"
+         + "word " * 15 + "word…'; is it a vLLM server?"),
+        (page(200, b"{", "application/json"), "engine.url: {url}/v1/models names no model but answers {{; is it a vLLM server?"),
+        (page(500, b'{"error": {"message": "a\\nb"}}', "application/json"), "the vLLM server at {url} fails at /v1/models (500: a b). "
+         "Is it a vLLM server? Set engine.url to its address."),
+        (page(503, b""), "the vLLM server at {url} fails at /v1/models (503: Service Unavailable). Is it a vLLM server? Set engine.url "
+         "to its address."),
+    ],
+)  # fmt: skip
+def test_what_is_no_vllm_server_is_told_in_one_line(web, cli, answer, says: str) -> None:
+    url = web(answer)
+    code, _, err = cli("train", *RL, "engine=vllm_server", f"engine.url={url}")
+    assert (code, err) == (2, f"error: {says.format(url=url)}\n")
+
+
+def test_requests_are_not_told_on_the_terminal(serve, tmp_path) -> None:
+    """In a process of its own, where Hydra has set the log up."""
+    with serve(load(composed(RL).model, 0, ["the cat"])) as server:
+        server.llm.model.resize_token_embeddings(300)
+        done = command(
+            "train", *RL, "algo.steps=1", "engine=vllm_server", f"engine.url={server.url}", f"run.root={tmp_path}"
+        )
+    assert done.returncode == 0, done.stderr
+    assert "HTTP Request" not in done.stdout + done.stderr and server.url not in done.stdout + done.stderr
+
+
+def test_a_server_that_dies_in_the_middle_costs_what_is_past_the_last_checkpoint(serve, tmp_path, cli) -> None:
+    """It is gone at the weights of step 3. Back at its address, with the weights of the start, the run ends where an unbroken one does."""
+    words = [*RL, "algo.lr=1e-2", "algo.steps=4", "run.save_every=2"]
+    policy = load(composed(words).model, 0, ["the cat"])
+
+    def started(**how: Any) -> Any:
+        server = serve(policy, **how)
+        server.llm.model.resize_token_embeddings(300)
+        return server
+
+    with started() as server:
+        words += ["engine=vllm_server", f"engine.url={server.url}"]
+        _, unbroken = train(tmp_path / "a", *words)
+    port = server.http.server_port
+    with started(port=port, updates=2):
+        code, _, err = cli("train", *words, f"run.root={tmp_path / 'b'}")
+    told = [line for line in err.split("\n") if line.startswith("error:")]
+    assert code == 2 and len(told) == 1 and err.endswith(f"{told[0]}\n"), err
+    assert told[0].startswith(f"error: the vLLM server at {server.url} cannot be reached any more (")
+    assert told[0].endswith("Start the server again and repeat the command: the run goes on from its last checkpoint.")
+    folder = tmp_path / "b" / unbroken.name
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-2"]
+    code, _, err = cli("train", *words, f"run.root={tmp_path / 'b'}")
+    assert code == 2 and f"{server.url} cannot be reached (ConnectError" in err and (folder / "checkpoint-2").exists()
+    with started(port=port):
+        code, _, err = cli("train", *words, f"run.root={tmp_path / 'b'}")
+    assert code == 0 and "goes on after step 2 of 4" in err, err
+    assert weights(folder) == weights(unbroken)
+    keys = ("step", "loss", "reward", "engine/logprob_diff")
+    numbers = [[[line[k] for k in keys] for line in lines(f / "metrics.jsonl")] for f in (folder, unbroken)]
+    assert numbers[0] == numbers[1] and len(numbers[0]) == 4
+
+
 def test_a_server_without_what_it_needs_says_how_to_start_it(serve, causal, build_policy, rows) -> None:
     with serve(causal, dev=False) as server, pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
         drawn(causal, Server(url=server.url), rows(2))
@@ -471,7 +611,7 @@ def test_nothing_imports_vllm_unless_it_is_chosen(tmp_path, monkeypatch) -> None
 def test_a_missing_vllm_is_one_line(cli) -> None:
     code, _, err = cli("train", *RL, "engine=vllm")
     assert code == 2 and err.strip().endswith(
-        "engine=vllm needs vLLM, which is not installed: pip install 'alignkit[vllm]'."
+        "engine=vllm needs vLLM, which is not installed: pip install -e '.[vllm]' in alignkit's folder."
     )
 
 
@@ -528,6 +668,62 @@ def test_it_is_part_of_the_signature_and_its_absence_is_not() -> None:
     assert signature(plain) == signature(named) != signature(vllm)
     assert signature(vllm) != signature(composed([*RL, "engine=vllm", "engine.memory=0.5"]))
     assert "engine" not in whole(plain) and whole(vllm)["engine"]["memory"] == 0.3
+
+
+def test_another_engine_is_told_when_a_run_goes_on(fake, tmp_path, cli) -> None:
+    """In a directory of a fixed name, of a run that has begun and of one that is finished."""
+    words = [
+        "train",
+        *RL,
+        "algo.steps=2",
+        "run.save_every=1",
+        f"run.dir={tmp_path / 'fixed'}",
+        "engine=vllm",
+        "engine.memory=0.2",
+    ]
+    assert cli(*words)[0] == 0
+    cases = [
+        (["engine.memory=0.4"], "(engine.memory: 0.2 → 0.4)"),
+        (["engine.truncate=2"], "(engine.truncate: None → 2)"),
+        (["engine=vllm_server", "~engine.memory"], "engine._target_: alignkit.engines.vllm.VLLM → alignkit.engines.server.Server"),
+        (["engine=transformers", "~engine.memory"], "engine._target_: alignkit.engines.vllm.VLLM → nothing"),
+    ]  # fmt: skip
+    for result in ("finished", "begun"):
+        for more, says in cases:
+            given = words[:-1] if "~engine.memory" in more else words
+            code, _, err = cli(*given, *[w for w in more if w != "~engine.memory"])
+            assert code == 2 and "holds a run with other settings" in err and says in err, (result, err)
+        (tmp_path / "fixed" / "result.json").unlink(missing_ok=True)
+    code, _, err = cli(*words)
+    assert code == 0 and "goes on after step 2 of 2" in err, err
+
+
+@dataclass(kw_only=True)
+class Painted(VLLM):
+    """An engine of one's own, with a setting that it never reads."""
+
+    colour: str = "red"
+
+
+def test_settings_of_an_engine_that_nothing_read_are_said(fake, cli, tmp_path) -> None:
+    words = ["train", *RL, "algo.steps=1", "engine=vllm", "engine.memory=0.2", "engine.eager=true", "engine.length=100"]
+    code, _, err = cli(*words)
+    assert code == 0 and "evaluate.bootstrap=50.\n" in err and "engine." not in err, err
+    code, _, err = cli(*words, "engine._target_=test_engines.Painted", "+engine.colour=blue")
+    assert code == 0 and "evaluate.bootstrap=50, engine.colour=blue.\n" in err, err
+
+
+def test_a_run_goes_on_with_the_engines_file_that_it_was_begun_with(fake, tmp_path, monkeypatch, cli) -> None:
+    file = tmp_path / "own_engine.py"
+    text = "from alignkit.engines.vllm import VLLM\n\n\nclass Own(VLLM):\n    pass\n"
+    file.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["train", *RL, "algo.steps=1", "engine=vllm", "engine._target_=own_engine.Own"]
+    assert cli(*words)[0] == 0
+    assert "nothing to do" in cli(*words)[1]
+    file.write_text(text + "# another\n")
+    code, _, err = cli(*words)
+    assert code == 2 and "was begun with another engine._target_ (own_engine.Own has changed since)" in err
 
 
 def test_signatures_of_before_hold() -> None:

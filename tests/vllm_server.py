@@ -17,9 +17,18 @@ sys.path.append(str(Path(__file__).parent / "fake_vllm"))
 class VLLMServer:
     """``with VLLMServer(folder) as server``: it serves the model in the folder at ``server.url`` until the block ends."""
 
-    def __init__(self, model: Path, dev: bool = True, lora: bool = False, deaf: bool = False) -> None:
+    def __init__(
+        self,
+        model: Path,
+        dev: bool = True,
+        lora: bool = False,
+        deaf: bool = False,
+        port: int = 0,
+        updates: int | None = None,
+    ) -> None:
         """``dev``: with VLLM_SERVER_DEV_MODE=1; ``lora``: with adapters at runtime; ``deaf``: it only says
-        that it has loaded weights."""
+        that it has loaded weights; ``port``: 0 for a free one; ``updates``: the weights that it loads before it dies, at
+        the next ones, in the middle of the request."""
         from vllm import LLM
 
         self.served, self.dev, self.lora, self.deaf = str(model), dev, lora, deaf
@@ -27,16 +36,23 @@ class VLLMServer:
         self.adapters: dict[str, Any] = {}
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.lock = threading.Lock()
+        self.port, self.updates, self.dead = port, updates, False
 
     def __enter__(self) -> VLLMServer:
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), _handler(self))
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+        self.die()
+
+    def die(self) -> None:
+        """It answers nothing any more, and its port is free."""
+        if not self.dead:
+            self.dead = True
+            self.http.shutdown()
+            self.http.server_close()
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         self.asked.append((path, body))
@@ -112,6 +128,12 @@ def _handler(server: VLLMServer) -> type[BaseHTTPRequestHandler]:
 
         def _reply(self, body: dict[str, Any]) -> None:
             with server.lock:
+                if self.path == "/collective_rpc" and server.updates is not None:
+                    server.updates -= 1
+                    if server.updates < 0:
+                        server.die()
+                if server.dead:
+                    return
                 status, said = server.answer(self.path, body)
             data = b"" if said is None else json.dumps(said).encode()
             self.send_response(status)

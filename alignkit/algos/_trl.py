@@ -5,12 +5,16 @@ Facts of TRL 1.16, read from its source; nothing of it is imported before a sett
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from enum import EnumType
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import AutoConfig
@@ -35,7 +39,8 @@ OURS = {  # TRL's name → the setting that takes its place, for every trainer
     "per_device_train_batch_size": "algo.batch_size", "seed": "seed", "output_dir": "run.dir", "run_name": "run.name",
     "save_strategy": "run.save_every", "save_steps": "run.save_every", "save_total_limit": "run.keep",
     "report_to": "run.wandb", "project": "run.project", "bf16": "model.compute", "fp16": "model.compute",
-    "gradient_checkpointing": "model.gradient_checkpointing", "use_cpu": "model.device", "model_init_kwargs": "model",
+    "gradient_checkpointing": "model.gradient_checkpointing", "activation_checkpointing": "model.gradient_checkpointing",
+    "use_cpu": "model.device", "model_init_kwargs": "model",
     "eval_strategy": "evaluate.every", "eval_steps": "evaluate.every", "eval_on_start": "evaluate.every",
     "load_best_model_at_end": "evaluate.final", "metric_for_best_model": "evaluate.select",
 }  # fmt: skip
@@ -82,6 +87,8 @@ class TRL:
                 raise ValueError(f"trl.{name}: is alignkit's to set: {setting}")
             if why := next((why for pattern, why in NEVER if re.fullmatch(pattern, name)), None):
                 raise ValueError(f"trl.{name}: cannot be set: {why}")
+        if not isinstance(parts := self.trl.get("gradient_accumulation_steps", 1), int):
+            raise ValueError(f"trl.gradient_accumulation_steps: must be int, is {parts!r}")
         if self.parts < 1 or self.per_step(1) % self.parts:
             raise ValueError(
                 f"trl.gradient_accumulation_steps ({self.parts}) must divide {self.per_step(1)} rows a step"
@@ -114,6 +121,54 @@ class TRL:
             "weight_decay": self.weight_decay, "adam_beta1": self.betas[0], "adam_beta2": self.betas[1],
             "max_grad_norm": self.max_grad_norm,
         }  # fmt: skip
+
+    def configure(self, **ours: Any) -> Any:
+        """TRL's configuration: what alignkit sets, and ``trl``, compared with what TRL says of its fields.
+
+        TRL looks at most values where it first needs them, in its first step. A value fits where it, or what TRL makes of it (a
+        word becomes a list of one), has the field's type and is one of its words, where the field takes a few only.
+
+        Raises:
+            UserError: one does not fit, or TRL refuses it; names the setting.
+        """
+        try:
+            config = self.config_class(**ours, **self.trl)
+        except (ValueError, TypeError, ImportError) as e:
+            self._compare(None)  # says it more clearly, where a type is to blame
+            raise UserError(self.refused(e)) from None
+        self._compare(config)
+        return config
+
+    def _compare(self, config: Any) -> None:
+        hints, known = get_type_hints(self.config_class), {f.name: f for f in fields(self.config_class)}
+        for name, given in self.trl.items():
+            made = getattr(config, name, given)
+            if not (_fits(given, hints[name]) or _fits(made, hints[name])):
+                kind = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+                raise UserError(f"algo.trl.{name}: must be {kind}, is {given!r}.")
+            words = self._words(known[name], hints[name])
+            for word in made if isinstance(made, list) else [made]:
+                if words and isinstance(word, str) and word not in words:
+                    raise UserError(f"algo.trl.{name}: TRL {accepted()} has no {word!r}.{suggest(word, words)}")
+
+    def _words(self, known: Any, hint: Any) -> list[str]:
+        """The words that a field may have, where TRL says so: in the field, by its type, or by what its trainer compares it with;
+        empty where it takes others."""
+        if known.metadata.get("choices"):
+            return list(known.metadata["choices"])
+        enums: list[Any] = [one for one in get_args(hint) if isinstance(one, EnumType)]
+        named = [str(word.value) for one in enums for word in one]
+        return named or _compared(self.trainer, known.name, hint, known.default)
+
+    def refused(self, error: Exception) -> str:
+        """What TRL says against the settings, in one line that begins with the one of ``trl`` that it speaks of."""
+        blamed = self.blamed(error)
+        return f"{f'algo.trl.{blamed}' if blamed else 'algo.trl'}: TRL {accepted()} refuses it: {' '.join(str(error).split())}"
+
+    def blamed(self, error: Exception) -> str | None:
+        """The setting of ``trl`` that an error's text speaks of, by its name, a word that it was given, or a key in it."""
+        said = set(re.findall(r"\w+", str(error)))
+        return next((name for name, value in self.trl.items() if said & {name, *_within(value)}), None)
 
     def window(self, config: Any) -> int:
         """Optimizer steps from one sampling to the next in which TRL keeps nothing on disk of the samples it goes on with."""
@@ -209,6 +264,13 @@ class Online(TRL):
             "num_generations": self.k, "max_completion_length": self.max_new_tokens, "temperature": self.temperature, "beta": self.kl,
         }  # fmt: skip
 
+    def configure(self, **ours: Any) -> Any:
+        config = super().configure(**ours)
+        for name in ("steps_per_generation", "num_iterations"):
+            if getattr(config, name) < 1:
+                raise UserError(f"algo.trl.{name}: must be at least 1, is {getattr(config, name)}.")
+        return config
+
     def window(self, config: Any) -> int:
         passes = config.steps_per_generation * config.num_iterations
         return int(passes // math.gcd(passes, config.gradient_accumulation_steps))
@@ -217,6 +279,52 @@ class Online(TRL):
         """Prompts, and the row's place, by which a reward gets the whole row back."""
         reader.encode_prompts(rows)  # refuses what does not fit
         return [{"prompt": row["prompt"], "id": i} for i, row in enumerate(rows)]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has a type; of what is no class (``Any``, ``Literal``) TRL is the judge."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inside)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and len(value) == len(inside) and all(map(_fits, value, inside))
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, inside[0]) for one in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    kind = origin or hint
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def _compared(trainer: str, name: str, hint: Any, default: Any) -> list[str]:
+    """The words with which TRL's trainer compares a setting, read from its source: those are all that there are. Empty where the
+    setting takes more than words, or is not told apart by them."""
+    if hint not in (str, list[str]):
+        return []
+    import trl
+
+    source = Path(str(trl.__file__)).parent / "trainer" / f"{trainer.lower()}_trainer.py"
+    found = {
+        word.value
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Compare) and getattr(node.left, "attr", getattr(node.left, "id", None)) == name
+        for word in ast.walk(node.comparators[0])
+        if isinstance(word, ast.Constant) and isinstance(word.value, str)
+    }
+    return sorted(found) if len(found) > 1 and (not isinstance(default, str) or default in found) else []
+
+
+def _within(value: Any) -> Iterator[str]:
+    """The words and keys in a setting's value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _within(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _within(inner)
 
 
 def accepted() -> str:

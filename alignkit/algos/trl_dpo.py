@@ -16,6 +16,9 @@ class TrlDPO(Offline):
     """TRL's own DPOTrainer on alignkit's model and pairs: a baseline for ``dpo``.
 
     ``algo.trl.loss_type=[ipo]`` and the like choose its other losses. Held-out pairs are ranked by alignkit's own ``dpo``.
+
+    As shipped it trains a tiny model from scratch on bundled pairs, to see it run; yours are ``model=hf model.path=MODEL data=pairs
+    data.train=FILE``.
     """
 
     beta: float = 0.1  # how closely the policy is held to the start model

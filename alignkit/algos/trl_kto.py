@@ -17,6 +17,9 @@ class TrlKTO(Offline):
 
     The chosen response of a pair is desirable, the other not, or ``data.desirable`` judges single ones. TRL reads rows in their
     order and takes the mismatched responses from the neighbours, so they are put into an order drawn from the seed.
+
+    As shipped it trains a tiny model from scratch on bundled pairs, to see it run; yours are ``model=hf model.path=MODEL data=pairs
+    data.train=FILE``.
     """
 
     beta: float = 0.1  # how closely the policy is held to the start model

@@ -12,6 +12,9 @@ every architecture whole (vLLM #48284 tells of hybrid ones that it did not). ``e
 from __future__ import annotations
 
 import hashlib
+import html
+import logging
+import re
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from alignkit.policy import Policy
 
 ALLOWED = "VLLM_SERVER_DEV_MODE=1"
+FIRST = 10.0  # seconds for a connection, and for the first answer, which costs a server nothing
 ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
 
 
@@ -58,10 +62,12 @@ class Server(Engine):
 
     def _served(self) -> str:
         """The name of the model that is served."""
+        found = self._ask("GET", "/v1/models", seconds=FIRST)
         try:
-            return str(self._ask("GET", "/v1/models")["data"][0]["id"])
+            return str(found["data"][0]["id"])
         except (LookupError, TypeError):
-            raise UserError(f"engine.url: {self.url}/v1/models names no model; is it a vLLM server?") from None
+            but = f" but answers {found}" if isinstance(found, str) else ""
+            raise UserError(f"engine.url: {self.url}/v1/models names no model{but}; is it a vLLM server?") from None
 
     def take(self, policy: Policy) -> None:
         self._model = ranks.each(lambda: self._hand_over(policy) if ranks.first() else "")[0]
@@ -115,47 +121,92 @@ class Server(Engine):
                 choices = sorted(found["choices"], key=lambda c: c["index"])
                 some: list[Response] = [(c["token_ids"], c["logprobs"]["token_logprobs"]) for c in choices]
             except (LookupError, TypeError):
+                but = f" but {found}" if isinstance(found, str) else ""
                 raise UserError(
-                    f"the vLLM server at {self.url} gives no token ids or log-probabilities; vLLM 0.22 or newer does."
+                    f"the vLLM server at {self.url} gives no token ids or log-probabilities{but}; vLLM 0.22 or newer does."
                 ) from None
             return some * n if how.greedy else some
 
-        with self._client() as client, ThreadPoolExecutor(self.concurrency) as pool:
+        with self._client(self.timeout) as client, ThreadPoolExecutor(self.concurrency) as pool:
             return [one for some in pool.map(ask, prompts, counts, taus, seeds) for one in some]
 
-    def _client(self) -> Any:
+    def _client(self, seconds: float) -> Any:
         import httpx
 
+        for name in ("httpx", "httpcore"):  # they tell of every request
+            logging.getLogger(name).setLevel(logging.WARNING)
         limits = httpx.Limits(max_connections=self.concurrency)
-        return httpx.Client(base_url=self.url, timeout=self.timeout, limits=limits, trust_env=False)
+        timeout = httpx.Timeout(seconds, connect=min(seconds, FIRST))
+        return httpx.Client(base_url=self.url, timeout=timeout, limits=limits, trust_env=False)
 
-    def _ask(self, verb: str, path: str, needs: str = "", fine: str = "", client: Any = None, **body: Any) -> Any:
-        """What the server answers, as JSON where it is.
+    def _ask(
+        self,
+        verb: str,
+        path: str,
+        needs: str = "",
+        fine: str = "",
+        client: Any = None,
+        seconds: float | None = None,
+        **body: Any,
+    ) -> Any:
+        """What the server answers: JSON where it is, else in a few words what else it is; None of nothing.
 
         Args:
             needs: what the server must have been started with for this to be there.
             fine: a word of a refusal (400, 404) that is none, as the server is in that state already.
+            seconds: to wait for the answer; ``timeout`` where not given.
 
         Raises:
             UserError: it is not there, does not answer, or refuses; names its address.
         """
         import httpx
 
+        seconds = min(seconds or self.timeout, self.timeout)
+        lost = " Start the server again and repeat the command: the run goes on from its last checkpoint."
+        lost = lost if self._model else ""  # before the first weights were handed over there is nothing to go on with
         try:
-            with self._client() if client is None else nullcontext(client) as one:
+            with self._client(seconds) if client is None else nullcontext(client) as one:
                 answer = one.request(verb, path, json=body or None)
-        except httpx.HTTPError as e:
+        except httpx.ReadTimeout:
+            if seconds < self.timeout:
+                raise UserError(
+                    f"engine.url: {self.url} takes the connection, but has not answered {path} for {seconds:g} s. Is it a vLLM server, "
+                    f"and has it loaded its model? Look at its log, or set engine.url to another address."
+                ) from None
             raise UserError(
-                f"the vLLM server at {self.url} cannot be reached ({type(e).__name__}: {e}). Start it with `vllm serve`, or set "
-                f"engine.url to its address."
+                f"the vLLM server at {self.url} has not answered {path} for {seconds:g} s. Look at its log, or raise engine.timeout.{lost}"
             ) from None
+        except httpx.HTTPError as e:
+            why = f"({type(e).__name__}: {e})"
+            if lost:
+                raise UserError(f"the vLLM server at {self.url} cannot be reached any more {why}.{lost}") from None
+            raise UserError(
+                f"the vLLM server at {self.url} cannot be reached {why}. Start it with `vllm serve`, or set engine.url to its address."
+            ) from None
+        failed = answer.status_code >= 500
         if answer.status_code >= 400:
-            said = _reason(answer.content)[0]
+            said = _said(answer) or answer.reason_phrase
             if fine and answer.status_code in (400, 404) and fine in said:
                 return None
-            how = f" Start it with {needs}." if needs else ""
-            raise UserError(f"the vLLM server at {self.url} refuses {path} ({answer.status_code}: {said[:300]}).{how}")
-        return answer.json() if "json" in answer.headers.get("content-type", "") else None
+            way_out = lost if failed else f" Start it with {needs}." if needs else ""
+            if path == "/v1/models":
+                way_out = " Is it a vLLM server? Set engine.url to its address."
+            does = "fails at" if failed else "refuses"
+            raise UserError(f"the vLLM server at {self.url} {does} {path} ({answer.status_code}: {said}).{way_out}")
+        try:
+            return answer.json()
+        except ValueError:
+            return _said(answer) or None
+
+
+def _said(answer: Any) -> str:
+    """What an answer says, in one line: the reason in JSON; of a page, as a proxy gives it, its kind and title or first words."""
+    kind = answer.headers.get("content-type", "").partition(";")[0].strip()
+    if "json" in kind:
+        return " ".join(_reason(answer.content)[0].split())[:300]
+    title = re.search(r"<title[^>]*>(.*?)</title>", answer.text, re.IGNORECASE | re.DOTALL)
+    words = " ".join(html.unescape(title[1] if title and title[1].strip() else answer.text).split())
+    return f"{kind or 'no kind of content'}, '{words if len(words) <= 80 else words[:79] + '…'}'" if words else ""
 
 
 def _digest(folder: Path) -> str:

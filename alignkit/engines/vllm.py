@@ -57,7 +57,9 @@ class VLLM(Engine):
 
     def ready(self) -> None:
         if importlib.util.find_spec("vllm") is None:
-            raise UserError("engine=vllm needs vLLM, which is not installed: pip install 'alignkit[vllm]'.")
+            raise UserError(
+                "engine=vllm needs vLLM, which is not installed: pip install -e '.[vllm]' in alignkit's folder."
+            )
 
     def follow(self, policy: Policy) -> None:
         ranks.each(lambda: self._follow(policy))

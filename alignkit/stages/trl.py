@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import re
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback, set_seed
 
 from alignkit import preflight
-from alignkit.algos._trl import TRL, accepted
+from alignkit.algos._trl import TRL
 from alignkit.batch import Batch
 from alignkit.data import Data, Row
 from alignkit.errors import Stopped, UserError
@@ -33,18 +37,14 @@ from alignkit.stages.rm import EXAMPLES, responses_of
 # in every log of transformers, or by another name; tokens are counted from 0 again after a resume
 NAMES = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr"}
 LEFT_OUT = ("num_tokens", "total_flos")
+THEIRS = ("trl", "transformers", "accelerate")  # packages in whose code TRL's settings are read
 
 
 def run(cfg: DictConfig, run: Run, data: Data, algo: TRL, reward: Reward | None) -> dict[str, Any]:
     """Train with TRL; measure held-out rows before (where the model was trained before), now and then on dev, and after."""
-    if algo.needs_reward and reward is None:
-        raise UserError(f"{cfg.name} goes by a reward: choose one with reward=NAME (see `alignkit list`).")
-    if cfg.model.device not in ("auto", "cpu", "cuda", "mps"):
-        raise UserError(
-            f"model.device={cfg.model.device}: TRL takes the first device; choose it with CUDA_VISIBLE_DEVICES."
-        )
     rows = algo.prepare(data.rows("train"), data.sides)
     steps = algo.steps_over(len(rows))
+    config = configured(cfg, algo, steps, len(data.sides))
     done = run.first_step == steps  # but for the last evaluation
     model: Any = OmegaConf.to_object(cfg.model)
     # on resume TRL reads the weights of its checkpoint itself: what it takes the reference from must be the start
@@ -58,7 +58,8 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: TRL, reward: Reward | None)
             ranked = partial(References(cfg, data, algo.ranks, {"train": rows}).ranked, reader)
         held_out = HeldOut(cfg.evaluate, data, reward, run, ranked)
     if not done:
-        _train(cfg, run, algo, reader, rows, reward, held_out, steps, len(data.sides))
+        with _quiet(algo):
+            _train(cfg, run, algo, config, reader, rows, reward, held_out, steps)
     return run.finish(reader, steps, held_out)
 
 
@@ -66,12 +67,12 @@ def _train(
     cfg: DictConfig,
     run: Run,
     algo: TRL,
+    config: Any,
     reader: Any,
     rows: list[Row],
     reward: Reward | None,
     held_out: Any,
     steps: int,
-    sides: int,
 ) -> None:
     """From the start, or TRL's last checkpoint, to ``steps``; the weights of ``reader`` are then the last ones.
 
@@ -85,10 +86,9 @@ def _train(
     _drop_unfinished(run.dir)
     if algo.wants_reference and not cfg.model.lora.r and (not cfg.model.path or cfg.model.layers):
         _keep_start(run, reader)
-    module, tokenizer, config = algo.module(reader), opened(reader), _config(cfg, run, algo, steps, sides)
-    window = _whole_windows(cfg, algo, config)
+    module, tokenizer = algo.module(reader), opened(reader)
     dataset = algo.dataset(reader, rows, cfg.seed)
-    record = Record(run, reader, algo, held_out, window, steps)
+    record = Record(run, reader, algo, held_out, algo.window(config), steps)
     extra = (
         {"reward_funcs": scored(run, reader, algo, rows, reward)} if reward is not None and algo.needs_reward else {}
     )
@@ -97,14 +97,19 @@ def _train(
             model=module, args=config, train_dataset=Dataset.from_list(dataset), processing_class=tokenizer, callbacks=[record], **extra
         )  # fmt: skip
     except (ValueError, NotImplementedError, ImportError) as e:
-        raise UserError(f"TRL {accepted()} refuses it: {e}") from None
+        raise UserError(algo.refused(e)) from None
     trainer.remove_callback(PrinterCallback)
+    trainer.create_model_card = lambda **_: (
+        None
+    )  # the card is alignkit's; for TRL's wandb warns of an address that it has not
     _refuse_too_few(run, algo, trainer, dataset, config)
     if cfg.model.path and not run.checkpoint:
-        run.begin(reader, trainer.create_optimizer(), _Stateless(), held_out)
+        with _naming(algo):
+            optimizer = trainer.create_optimizer()
+        run.begin(reader, optimizer, _Stateless(), held_out)
     set_seed(cfg.seed)  # what was measured before, or not, changes nothing
     try:
-        with run.training(steps):
+        with run.training(steps), _naming(algo):
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.first_step else None)
     except (MemoryError, RuntimeError, OSError) as e:
         if not preflight.out_of_memory(e):
@@ -184,32 +189,67 @@ class _Stateless:
         return {}
 
 
-def _config(cfg: DictConfig, run: Run, algo: TRL, steps: int, sides: int) -> Any:
-    """TRL's configuration: what alignkit and the method set, and the rest of ``algo.trl``."""
+@contextmanager
+def _quiet(algo: TRL) -> Iterator[None]:
+    """Without what these packages foretell of names that they use themselves; what speaks of a setting of ``algo.trl`` is shown."""
+    given = "|".join(map(re.escape, algo.trl))
+    with warnings.catch_warnings():
+        other = rf"(?s)(?!.*\b({given})\b)" if given else ""
+        warnings.filterwarnings("ignore", other, FutureWarning, rf"({'|'.join(THEIRS)})\b")
+        yield
+
+
+@contextmanager
+def _naming(algo: TRL) -> Iterator[None]:
+    """Say in one line what TRL, or a library below it, has against a setting of ``algo.trl``.
+
+    Only where the error was raised in their code and speaks of the setting: what a reward raises, and a bug, stay what they are.
+
+    Raises:
+        UserError: names the setting.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, ImportError) as e:
+        frames = list(traceback.walk_tb(e.__traceback__))
+        raised_in = str(frames[-1][0].f_globals.get("__name__", "")).partition(".")[0]
+        missing = bool(algo.trl) and isinstance(e, ImportError)  # a package that some setting asks for
+        if raised_in not in THEIRS or not (missing or algo.blamed(e)):
+            raise
+        raise UserError(algo.refused(e)) from None
+
+
+def configured(cfg: DictConfig, algo: TRL, steps: int, sides: int) -> Any:
+    """TRL's configuration: what alignkit and the method set, and the rest of ``algo.trl``. No model is needed for it.
+
+    Raises:
+        UserError: no reward where the trainer goes by one, or a device that TRL does not take; a value that TRL does not know, or
+            refuses; steps between which a run could not be gone on from.
+    """
+    if algo.needs_reward and not cfg.reward:
+        raise UserError(f"{cfg.name} goes by a reward: choose one with reward=NAME (see `alignkit list`).")
+    if cfg.model.device not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(
+            f"model.device={cfg.model.device}: TRL takes the first device; choose it with CUDA_VISIBLE_DEVICES."
+        )
     device = device_of(cfg.model.device)
     per_step = algo.per_step(sides)
     ours = {
-        **algo.arguments(), "output_dir": str(run.dir), "max_steps": steps, "per_device_train_batch_size": per_step // algo.parts,
+        "dataloader_pin_memory": device == "cuda",
+        **algo.arguments(), "output_dir": str(cfg.run.dir), "max_steps": steps, "per_device_train_batch_size": per_step // algo.parts,
         "seed": cfg.seed, "use_cpu": device == "cpu", "bf16": cfg.model.compute == "bfloat16", "fp16": False,
         "gradient_checkpointing": cfg.model.gradient_checkpointing, "logging_steps": 1, "disable_tqdm": True, "report_to": "none",
         "save_strategy": "steps", "save_steps": cfg.run.save_every, "eval_strategy": "no",
     }  # fmt: skip
-    theirs: Any = {"dataloader_pin_memory": device == "cuda", **algo.trl}
-    try:
-        config = algo.config_class(**ours, **theirs)
-    except (ValueError, TypeError) as e:
-        raise UserError(f"algo.trl: TRL {accepted()} refuses it: {e}") from None
+    with _quiet(algo):
+        config = algo.configure(**{name: value for name, value in ours.items() if name not in algo.trl})
     config._n_gpu = min(config.n_gpu, 1)  # a run is one process on one device, however many there are
+    _refuse_half_windows(cfg, algo.window(config))
     return config
 
 
-def _whole_windows(cfg: DictConfig, algo: TRL, config: Any) -> int:
-    """Steps that go by the same samples.
-
-    Raises:
-        UserError: a checkpoint would be written between two of them; TRL does not keep the samples, and would draw new ones.
-    """
-    window = algo.window(config)
+def _refuse_half_windows(cfg: DictConfig, window: int) -> None:
+    """Refuse a checkpoint between two steps that go by the same samples: TRL does not keep these, and would draw new ones."""
     for name, every in (("run.save_every", cfg.run.save_every), ("evaluate.every", cfg.evaluate.every)):
         if every % window:
             raise UserError(
@@ -217,7 +257,6 @@ def _whole_windows(cfg: DictConfig, algo: TRL, config: Any) -> int:
                 f"algo.trl.num_iterations) and does not save them, so a checkpoint between could not be gone on from exactly. Make it "
                 f"a multiple of {window}."
             )
-    return window
 
 
 def _refuse_too_few(run: Run, algo: TRL, trainer: Any, given: list[Any], config: Any) -> None:

@@ -9,17 +9,17 @@ import pytest
 
 from alignkit.algos.trl_grpo import TrlGRPO
 from alignkit.errors import UserError
-from alignkit.stages.trl import _config
+from alignkit.stages.trl import configured
 
 
 def test_alignkits_names_and_the_rest():
     algo = TrlGRPO(k=4, prompts_per_step=6, max_new_tokens=9, kl=0.02, lr=3e-4, schedule="constant",
                    trl={"loss_type": "grpo", "gradient_accumulation_steps": 3})  # fmt: skip
     cfg = SimpleNamespace(
-        seed=5, model=SimpleNamespace(device="cpu", compute="bfloat16", gradient_checkpointing=False),
-        run=SimpleNamespace(save_every=7),
+        seed=5, reward="any", model=SimpleNamespace(device="cpu", compute="bfloat16", gradient_checkpointing=False),
+        run=SimpleNamespace(save_every=7, dir="x"), evaluate=SimpleNamespace(every=0),
     )  # fmt: skip
-    found = _config(cfg, SimpleNamespace(dir="x"), algo, 11, 1)
+    found = configured(cfg, algo, 11, 1)
     wanted = {
         "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 3, "max_completion_length": 9,
         "beta": 0.02, "learning_rate": 3e-4, "loss_type": "grpo", "max_steps": 11, "seed": 5, "bf16": True, "save_steps": 7,
@@ -35,6 +35,7 @@ def test_alignkits_names_and_the_rest():
         ("epsilonn", 0.1, "GRPOConfig has no such field. Did you mean 'epsilon'?"),
         ("learning_rate", 1.0, "is alignkit's to set: algo.lr"),
         ("beta", 1.0, "is alignkit's to set: algo.kl"),
+        ("activation_checkpointing", True, "is alignkit's to set: model.gradient_checkpointing"),
         ("report_to", "wandb", "is alignkit's to set: run.wandb"),
         ("push_to_hub", True, "cannot be set: nothing is uploaded"),
         ("sync_ref_model", True, "cannot be set: a stopped run could then not go on"),
