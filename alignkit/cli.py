@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         _refuse(e)
     except Stopped as e:
         _leave(f"\n{e}", 130)
+    except KeyboardInterrupt:
+        _leave("\nstopped.", 130)
     except BrokenPipeError:
         sys.stderr.close()
 
@@ -237,8 +239,10 @@ def _job(cfg: object) -> float | None:
         _remove_if_empty(Path(cfg.run.dir))
         raise
     except Stopped as e:
+        _remove_if_empty(Path(cfg.run.dir))
         raise Stopped(f"{e} {how_to_go_on(cfg)}") from None
     except KeyboardInterrupt:
+        _remove_if_empty(Path(cfg.run.dir))
         raise Stopped(f"stopped at once. {how_to_go_on(cfg)}") from None
     except SystemExit as e:  # of a reward or a library; Hydra, too, would let it end the process
         raise RuntimeError(f"the run left the process with exit code {e.code}") from e

@@ -126,6 +126,7 @@ def dry_run(cfg: DictConfig) -> None:
     print("\n".join(found.lines))
     if found.unchecked:
         print("\ncould not be checked:\n" + "\n".join(f"  - {one}" for one in found.unchecked))
+        print("No mistake was found in the rest; a run ends with one where it cannot have these.")
 
 
 def _like_an_earlier_job(cfg: DictConfig) -> bool:
@@ -410,8 +411,9 @@ def _models(cfg: DictConfig, data: Data, algo: Any, train: list[Row], found: Fou
     except UserError as e:
         if not _of_hub(cfg) or "cannot be loaded" not in str(e):
             raise
+        found.say("model", f"{model.path or 'its tokenizer'} could not be looked at: see the end.")
         found.unchecked.append(
-            f"{what}, and with it parameters, memory, disk and lengths: {' '.join(str(e).split())[:200]}"
+            f"{what}, and with it parameters, memory, GPUs, disk, lengths and the example: {' '.join(str(e).split())}"
         )
         return None, []
     return reader, beside(cfg, algo, reader)

@@ -140,7 +140,15 @@ def _end_with(parent: int, folder: Path) -> None:
 
 
 def main() -> None:
-    """One of the processes; a mistake or a stop is left in a file for the one that has started it."""
+    """One of the processes; a stop while it still imports is no fault."""
+    try:
+        _take_part()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _take_part() -> None:
+    """Run; a mistake or a stop is left in a file for the one that has started it."""
     file = Path(sys.argv[1])
     threading.Thread(target=_end_with, args=(os.getppid(), file.parent), daemon=True).start()
     given = json.loads(file.read_text(encoding="utf-8"))
@@ -156,8 +164,6 @@ def main() -> None:
     except (UserError, Stopped) as e:
         _leave(file, e)
         sys.exit(130 if isinstance(e, Stopped) else 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except RuntimeError as e:
         if not isinstance(e, Elsewhere) and "gloo" not in str(e).lower() and "nccl" not in str(e).lower():
             raise

@@ -64,6 +64,13 @@ class Record:
         return bool(self.result)
 
     @property
+    def saved(self) -> bool:
+        """Whether there is something from which its command goes on."""
+        return (
+            any(self.folder.glob("checkpoint-*[0-9]/state/run.json")) or (self.folder / "parts" / "run.json").is_file()
+        )
+
+    @property
     def steps(self) -> int:
         """Finished steps, as far as the log goes."""
         steps = self.result.get("steps")

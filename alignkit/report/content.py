@@ -597,9 +597,12 @@ def _of_run(run: Record) -> list[str]:
     if not run.finished:
         planned = _at(run.config, "algo.steps")
         of = f" of {planned}" if isinstance(planned, int) and planned >= run.steps else ""
-        found.append(
-            f"unfinished, {run.steps}{of} steps are logged; left out of all means. Repeat its command to go on."
+        again = (
+            "Repeat its command to go on."
+            if run.saved
+            else "Nothing of it is saved: its command starts from the beginning."
         )
+        found.append(f"unfinished, {run.steps}{of} steps are logged; left out of all means. {again}")
     overlap = run.data.get("overlap")
     for split, n in overlap.items() if isinstance(overlap, dict) else ():
         if n:
