@@ -590,6 +590,9 @@ def test_what_the_page_says_is_assumed_is_assumed() -> None:
 
 def test_the_commands_of_its_scripts_are_accepted() -> None:
     fences = re.findall(r"(?ms)^```sh\n(.*?)^```$", PAGE)
+    scripts = [f for f in fences if "#SBATCH" in f]
+    assert len(scripts) == 2  # each saves before its time is over, and asks no network of its nodes
+    assert all("--signal=TERM@300" in s and "HF_HOME=" in s and "HF_HUB_OFFLINE=1" in s for s in scripts)
     told = [x for f in fences for x in f.replace("\\\n", " ").split("\n") if "alignkit train" in x]
     assert len(told) == 3
     for one in told:
