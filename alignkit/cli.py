@@ -6,8 +6,10 @@ import importlib
 import os
 import re
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 from alignkit.errors import Stopped, UserError, suggest
 
@@ -35,6 +37,9 @@ USAGE = """alignkit: alignment experiments from one configuration
 `alignkit train +algo=NAME --cfg job` prints the composed configuration; `--help` prints Hydra's flags."""
 
 RECORD = (".hydra", ".lock", "command.txt", "config.yaml", "environment.json", "data.json", "wandb")
+FIRST_TELLS = (
+    5.0  # seconds that the first of several processes has to tell of a mistake: the end of one is the end of all
+)
 CONFIG_DIR = ("--config-dir", "-cd")
 VERBS = (
     "train", "evaluate", "claim", "verify-resume", "report", "compare", "diff", "table", "list", "show", "explain", "from-trl",
@@ -49,9 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _dispatch(words)
     except UserError as e:
-        _leave(f"error: {e}", 2)
+        _refuse(e)
     except Stopped as e:
         _leave(f"\n{e}", 130)
+    except KeyboardInterrupt:
+        _leave("\nstopped.", 130)
     except BrokenPipeError:
         sys.stderr.close()
 
@@ -115,7 +122,7 @@ def train(words: list[str]) -> None:
         from alignkit.catalog import listing
 
         print(listing(use_config_dirs(words)))
-        _leave("error: train: name a method with +algo=NAME or a preset with +preset=NAME.", 2)
+        raise UserError("train: name a method with +algo=NAME or a preset with +preset=NAME.")
 
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -141,10 +148,18 @@ def train(words: list[str]) -> None:
     def job(cfg: object) -> float | None:
         nonlocal started
         started = True
+        single, launcher = HydraConfig.get().mode == RunMode.RUN, HydraConfig.get().runtime.choices["hydra/launcher"]
+        if single and launcher != "basic":
+            _refuse(
+                UserError(
+                    f"hydra/launcher={launcher} launches the jobs of a sweep; without -m this run would go on right here. Add -m: "
+                    f"alignkit train -m …"
+                )
+            )
         if dry:
             _dry(cfg)
             return None
-        return _alone(cfg) if HydraConfig.get().mode == RunMode.RUN else _job(cfg)
+        return _alone(cfg) if single else _job(cfg)
 
     with sweep.reported() if not dry else nullcontext():
         try:
@@ -157,11 +172,21 @@ def train(words: list[str]) -> None:
 
 def uncomposed(e: Exception, words: list[str]) -> str:
     """Why Hydra could not compose these words, and the way out."""
+    from omegaconf.errors import ValidationError
+
+    from alignkit.config import type_of
+
     if "Ambiguous value" in str(e):
         return f"{str(e).splitlines()[0]} Several values are a sweep: alignkit train -m …"
     part = re.search(r"Could not override '(\w+)@algo\.", str(e))
     if part:
         return f"{part[1]}=…: this method takes no {part[1]}. `alignkit show NAME` prints its settings."
+    typed = next((x for x in (e, e.__cause__, e.__context__) if isinstance(x, ValidationError) and x.full_key), None)
+    wanted = None if typed is None else type_of(str(typed.full_key))
+    if typed is not None and wanted is not None:
+        where = f" ({str(e).split(':')[0]})" if str(e).startswith("In '") else ""  # a file's, not a word's
+        value = "null" if typed.value is None else repr(typed.value)
+        return f"{typed.full_key}: must be {wanted}, is {value}{where}."
     step = next((w.partition("=")[0] for w in words if w.lstrip("+").startswith("more.")), None)
     hint = f" Words of a step want quotes inside: '{step}=\"algo.steps=5\"'." if step else ""
     hint += " Quote a value with braces twice: 'data.prompt=\"{column}\"'." if any("{" in w for w in words) else ""
@@ -178,7 +203,7 @@ def _dry(cfg: object) -> None:
     try:
         dry_run(cfg)
     except UserError as e:
-        _leave(f"error: {e}", 2)
+        _refuse(e)
 
 
 def _alone(cfg: object) -> float | None:
@@ -186,7 +211,7 @@ def _alone(cfg: object) -> float | None:
     try:
         return _job(cfg)
     except UserError as e:
-        _leave(f"error: {e}", 2)
+        _refuse(e)
     except Stopped as e:
         _leave(f"\n{e}", 130)
     return None
@@ -202,6 +227,7 @@ def _job(cfg: object) -> float | None:
     from omegaconf import DictConfig
 
     from alignkit.launch import launch, objective
+    from alignkit.processes import how_to_go_on
 
     assert isinstance(cfg, DictConfig)
     try:
@@ -213,9 +239,11 @@ def _job(cfg: object) -> float | None:
         _remove_if_empty(Path(cfg.run.dir))
         raise
     except Stopped as e:
-        raise Stopped(f"{e} {_how_to_go_on(cfg.run.overwrite)}") from None
+        _remove_if_empty(Path(cfg.run.dir))
+        raise Stopped(f"{e} {how_to_go_on(cfg)}") from None
     except KeyboardInterrupt:
-        raise Stopped(f"stopped at once. {_how_to_go_on(cfg.run.overwrite)}") from None
+        _remove_if_empty(Path(cfg.run.dir))
+        raise Stopped(f"stopped at once. {how_to_go_on(cfg)}") from None
     except SystemExit as e:  # of a reward or a library; Hydra, too, would let it end the process
         raise RuntimeError(f"the run left the process with exit code {e.code}") from e
 
@@ -343,18 +371,24 @@ def _data_of(run: Path) -> list[str]:
     return ([f"data={choice}"] if choice else []) + words
 
 
-def _how_to_go_on(overwrite: bool) -> str:
-    return f"Repeat the command{' without run.overwrite=true' if overwrite else ''} to go on from the last checkpoint."
-
-
 def _remove_if_empty(directory: Path) -> None:
     """Take back a directory in which a start has left its record, but no step and no result."""
     import shutil
 
     if directory.is_dir() and all(p.name in RECORD for p in directory.iterdir()):
-        shutil.rmtree(directory)
+        shutil.rmtree(directory, ignore_errors=True)  # of several processes, others may do so too
 
 
-def _leave(message: str, code: int) -> None:
+def _refuse(e: UserError) -> NoReturn:
+    """Leave with a mistake. One that each of several processes finds by itself, the first tells."""
+    from alignkit import processes
+
+    if not processes.first() and not processes.met:
+        time.sleep(FIRST_TELLS)
+        sys.exit(2)
+    _leave(f"error: {e}", 2)
+
+
+def _leave(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(code)

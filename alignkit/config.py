@@ -34,7 +34,8 @@ NEEDS = {  # what a stage cannot do without
     "study": ("algo",),
     "pipeline": ("steps",),
 }
-
+SHARED = ("sft", "pref", "rm", "rl", "distill", "evaluate")  # stages whose passes several processes share
+SHARDED = tuple(stage for stage in SHARED if stage != "evaluate")  # of which each process may hold a part of the layers
 
 TEXTS = ("bleu", "chrf", "exact_match", "length_ratio", "reward")
 SELECTS = {  # what can pick the best checkpoint of a stage that trains
@@ -287,6 +288,23 @@ def conf_dir() -> Path:
 
 def schema_keys(prefix: str = "") -> list[str] | None:
     """Keys under a dotted prefix of the schema; None for an open node or a leaf."""
+    node = _part_of_schema(prefix)
+    return None if node is None else [f.name for f in fields(node)]
+
+
+def type_of(key: str) -> str | None:
+    """What a key of the schema takes, in words; None of a key that it does not have."""
+    above, _, name = key.rpartition(".")
+    node = _part_of_schema(above)
+    kind = None if node is None else {f.name: str(f.type) for f in fields(node)}.get(name)
+    if kind is None:
+        return None
+    words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
+    plain = kind.removesuffix(" | None")
+    return words.get(plain, f"settings, as in {key}.KEY=VALUE") + (" or null" if plain != kind else "")
+
+
+def _part_of_schema(prefix: str) -> Any:
     node: Any = Config
     for part in filter(None, prefix.split(".")):
         found = {f.name: f for f in fields(node)}.get(part)
@@ -302,7 +320,7 @@ def schema_keys(prefix: str = "") -> list[str] | None:
         }.get(part)
         if node is None or not is_dataclass(node):
             return None
-    return [f.name for f in fields(node)]
+    return node
 
 
 def check(cfg: DictConfig) -> None:
@@ -366,7 +384,13 @@ def check(cfg: DictConfig) -> None:
         wrong.append("run.threads: must be at least 1, or null for torch's choice.")
     if cfg.run.patience is not None and cfg.run.patience <= 0:
         wrong.append("run.patience: must be more than 0 seconds, or null to wait for ever.")
-    if cfg.run.shard and cfg.run.processes <= 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if cfg.run.shard and stage in NEEDS and stage not in (*SHARED, "pipeline"):
+        wrong.append(f"run.shard: stage {stage} runs in one process, which has all layers. Leave run.shard out.")
+    elif cfg.run.shard and stage in SHARED and stage not in SHARDED:
+        wrong.append(
+            f"run.shard: has no effect in stage {stage}, where each process has the whole model. Leave it out."
+        )
+    elif cfg.run.shard and cfg.run.processes <= 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         wrong.append(
             "run.shard: one process has all layers. Start several with run.processes=N, torchrun or accelerate launch."
         )

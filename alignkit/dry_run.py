@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import copy
 import json
+import logging
 import math
 import os
 import shutil
@@ -17,20 +18,33 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from alignkit import gpus
-from alignkit.config import check, whole
+from alignkit import gpus, processes
+from alignkit.config import SHARED, check, whole
 from alignkit.data import Data, Row
 from alignkit.errors import UserError
 from alignkit.report.collect import _flat, differing
+from alignkit.sweep import Sweep, label
 
 LOOKED_AT = 512  # rows whose lengths are measured: the longest, by characters, and others spread evenly
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher"
 SMALL = 1e9  # bytes that every GPU has: of a run that needs less, there is no table of them
+
+
+@dataclass
+class Layers:
+    """Of a model's layers, in parameters."""
+
+    parameters: int
+    trained: int
+    largest: int  # one of them
 
 
 @dataclass
@@ -41,15 +55,21 @@ class Held:
     parameters: int
     trained: int
     width: int  # bytes of a weight
+    layers: Layers | None = None  # those that ``run.shard`` parts among the processes
 
     @property
     def weights(self) -> float:
         return self.parameters * self.width
 
-    @property
-    def learning(self) -> float:
-        """Bytes of gradients and AdamW's two moments."""
-        return 3 * self.trained * self.width
+    def part(self, count: int) -> float:
+        """Bytes of what one of ``count`` processes keeps of the weights with ``run.shard``: all that is no layer, its part of these."""
+        kept = self.parameters - (self.layers.parameters * (1 - 1 / count) if self.layers else 0)
+        return kept * self.width
+
+    def trained_part(self, count: int) -> float:
+        """The same of the trained weights: so much are their gradients, and twice that AdamW's moments."""
+        kept = self.trained - (self.layers.trained * (1 - 1 / count) if self.layers else 0)
+        return kept * self.width
 
 
 @dataclass
@@ -81,6 +101,14 @@ def dry_run(cfg: DictConfig) -> None:
             is no mistake: it is said that it could not be checked.
     """
     check(cfg)
+    if processes.several():
+        from alignkit.launch import refuse_unshared
+
+        refuse_unshared(cfg)
+        if not processes.first():
+            return
+    if _like_an_earlier_job(cfg):
+        return
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     print(f"dry run of {cfg.name}, stage {cfg.stage}, seed {cfg.seed}: nothing is run and nothing is written.")
@@ -98,6 +126,24 @@ def dry_run(cfg: DictConfig) -> None:
     print("\n".join(found.lines))
     if found.unchecked:
         print("\ncould not be checked:\n" + "\n".join(f"  - {one}" for one in found.unchecked))
+        print("No mistake was found in the rest; a run ends with one where it cannot have these.")
+
+
+def _like_an_earlier_job(cfg: DictConfig) -> bool:
+    """Of a job of a sweep say which it is; of one that differs from an earlier one in its seed alone that is all there is to say."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return False
+    assert Launching.sweep is not None
+    number, jobs = int(HydraConfig.get().job.num), Launching.sweep.jobs
+    which = f"job {number} ({label(jobs[number], [*jobs.values()])})"
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings["seed"] = settings["run"]["name"] = settings["run"]["dir"] = None
+    earlier = Launching.told.setdefault(json.dumps(settings, sort_keys=True), number)
+    if earlier != number:
+        print(f"{which}: as job {earlier} but for its seed; {cfg.run.dir}{_already(Path(cfg.run.dir))}")
+        return True
+    print(f"{'' if number == 0 else chr(10)}== {which}")
+    return False
 
 
 def dry_words(words: list[str]) -> list[str]:
@@ -127,38 +173,42 @@ def dry_words(words: list[str]) -> list[str]:
 class Launching(Callback):
     """Hydra's callback in the place of the sweep's: says what the launcher would do, and has the jobs looked at here instead."""
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        from alignkit.sweep import Sweep
+    sweep: Sweep | None = None
+    told: ClassVar[dict[str, int]] = {}  # a configuration without its seed → the job of which all was said
 
-        scratch, sweep = Path(config.hydra.sweep.dir), Sweep()
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        Launching.sweep, Launching.told = Sweep(), {}
+        scratch, sweep = Path(config.hydra.sweep.dir), Launching.sweep
         real = copy.deepcopy(config)
         with open_dict(real):
             real.run.root = str(scratch)  # where it may clear up
-            sweep.on_multirun_start(real)  # finds out the jobs and the name
+            asked = sweep.begin(real)
             sweep.let_go()
             assert sweep.folder is not None
             real.hydra.sweep.dir = str(Path(config.run.root) / sweep.folder.relative_to(scratch))
-            config.hydra.launcher = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
+            config.hydra.launcher = {"_target_": f"{BASIC_LAUNCHER}.BasicLauncher"}
+        logging.getLogger(BASIC_LAUNCHER).setLevel(logging.WARNING)  # it would say that it launches jobs
         name = real.hydra.runtime.choices["hydra/launcher"]
         if name != "basic":
             given: Any = OmegaConf.to_container(real.hydra.launcher, resolve=True)
             size = real.hydra.sweeper.max_batch_size or len(sweep.jobs)
-            print(f"{launching(name, given, len(sweep.jobs), size)}\n", flush=True)
+            print("\n".join([launching(name, given, len(sweep.jobs), size, sweep.processes), *asked, ""]), flush=True)
 
 
-def launching(name: str, given: dict[str, Any], jobs: int, at_once: int) -> str:
+def launching(name: str, given: dict[str, Any], jobs: int, at_once: int, several: int = 1) -> str:
     """What a launcher would do with the jobs of a sweep.
 
     Args:
         given: its settings, as Hydra composes them.
         at_once: jobs that the sweeper hands it together, and waits for.
+        several: processes that a job starts (``run.processes``).
     """
     batches = [min(at_once, jobs - i) for i in range(0, jobs, at_once)]
     told = f"launcher    {name}: {jobs} job{'s' if jobs > 1 else ''}" + (
         f", {at_once} at a time" if len(batches) > 1 else ""
     )
     if name == "submitit_local":
-        n = given["tasks_per_node"]
+        n = given["tasks_per_node"] * several
         seen = (
             f"each sees the first {given['gpus_per_node']} GPUs of this machine"
             if given["gpus_per_node"]
@@ -200,20 +250,14 @@ def _already(directory: Path) -> str:
 
 def _pipeline(cfg: DictConfig, found: Found) -> None:
     """The steps, each composed and compared with its classes; its data and models may be those of an earlier step."""
-    from hydra import compose
-    from hydra.core.global_hydra import GlobalHydra
-
-    from alignkit.cli import hydra_words
     from alignkit.stages import pipeline
 
     commands = pipeline.steps(cfg)
-    pipeline._check(commands)
-    for name, words in commands.items():
-        stage = ""
-        if GlobalHydra.instance().is_initialized():
-            stage = f"stage {compose('config', hydra_words(words)).stage}, composed and accepted"
-        own = [w for w in words if not w.startswith(("run.", "seed="))]
-        found.say(f"step {name}", f"{stage}: alignkit train {' '.join(own)}")
+    for name, step in pipeline.accept(commands, cfg.run.shard).items():
+        own = [w for w in commands[name] if not w.startswith(("run.", "seed="))]
+        count, part = shared(step)
+        among = f", in {count} processes{', each with a part of the layers' if part else ''}" if count > 1 else ""
+        found.say(f"step {name}", f"stage {step.stage}, composed and accepted{among}: alignkit train {' '.join(own)}")
     found.lines.append(
         "Each step can be looked at by itself: its words and --dry-run, once the runs that it reads are there."
     )
@@ -245,13 +289,15 @@ def _single(cfg: DictConfig, found: Found) -> None:
     _say_steps(cfg, algo, prepared, rows, lengths, found, trl)
     if reader is not None:
         _say_models(reader, cfg, [*more, *learned], found)
+        _say_processes(cfg, algo, found)
         if cfg.stage == "trl":
             found.say("memory", "TRL's own; algo.trl.gradient_accumulation_steps cuts a step into parts.")
         else:
             phases = needs(cfg, algo, reader, [*more, *learned], lengths)
             sides = len(data.sides) if prepared and "chosen" in prepared[0] and cfg.stage in ("pref", "rm") else 1
             _say_memory(phases, found)
-            _say_gpus(phases, work_of(cfg, algo, reader, [*more, *learned], lengths, len(prepared), sides), found)
+            work = work_of(cfg, algo, reader, [*more, *learned], lengths, len(prepared), sides)
+            _say_gpus(phases, work, shared(cfg), found)
         _say_disk(cfg, reader, more, found)
     _say_time(cfg, algo, len(prepared), found)
     if reader is not None and (prepared or rows):
@@ -373,8 +419,9 @@ def _models(cfg: DictConfig, data: Data, algo: Any, train: list[Row], found: Fou
     except UserError as e:
         if not _of_hub(cfg) or "cannot be loaded" not in str(e):
             raise
+        found.say("model", f"{model.path or 'its tokenizer'} could not be looked at: see the end.")
         found.unchecked.append(
-            f"{what}, and with it parameters, memory, disk and lengths: {' '.join(str(e).split())[:200]}"
+            f"{what}, and with it parameters, memory, GPUs, disk, lengths and the example: {' '.join(str(e).split())}"
         )
         return None, []
     return reader, beside(cfg, algo, reader)
@@ -390,7 +437,7 @@ def beside(cfg: DictConfig, algo: Any, reader: Any) -> list[Held]:
 
         built = replace(critic, path=None).build(reader.model)
         own = [p for p in built.parameters() if p.requires_grad]
-        more.append(Held("critic", _count(built.parameters()), _count(own), width))
+        more.append(Held("critic", _count(built.parameters()), _count(own), width, _layers(built)))
     all_of_it = _count(reader.model.parameters())
     if (cfg.stage == "rl" and algo.wants_reference) or (cfg.stage == "pref" and algo.needs_reference):
         if cfg.model.lora.r and cfg.stage == "rl":
@@ -426,6 +473,23 @@ def _of_hub(cfg: DictConfig) -> bool:
     """Whether a model of this configuration may be one of the hub: an id, no folder."""
     named = [cfg.model.path, cfg.model.tokenizer, cfg.algo.get("teacher"), cfg.algo.get("base"), cfg.model.steer.value]
     return any(p and not p.startswith(("bundled:", ".", "/", "~")) and not Path(p).exists() for p in named)
+
+
+def shared(cfg: DictConfig) -> tuple[int, bool]:
+    """(processes that share a run's passes, whether each holds a part of the layers alone)."""
+    if cfg.stage not in SHARED:
+        return 1, False
+    count = int(os.environ["WORLD_SIZE"]) if processes.several() else int(cfg.run.processes)
+    return count, bool(cfg.run.shard) and count > 1
+
+
+def _layers(model: Any) -> Layers:
+    """Those that ``sharding.Shards`` parts."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found = [[*m.parameters()] for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    every = [p for one in found for p in one]
+    return Layers(_count(every), _count(p for p in every if p.requires_grad), max(map(_count, found), default=0))
 
 
 def _device(device: str) -> None:
@@ -592,20 +656,33 @@ def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Le
     """Phase → (what, bytes): what is held, and what the largest micro-batch needs besides; an estimate."""
     all_of_it, trained = _own(reader, cfg)
     width = BYTES[cfg.model.dtype]
-    own = Held("model", all_of_it, trained, width)
+    count, part = shared(cfg)
+    own = Held("model", all_of_it, trained, width, _layers(reader.model) if part else None)
     computing = 2 if cfg.model.compute == "bfloat16" else width
     cast = all_of_it * 2.0 if computing < width else 0.0
     asked = [one for one in more if "then let go" in one.what]
     models = [own, *(one for one in more if one not in asked)]
     weights = sum(one.weights for one in models)
-    moments = sum(2 * one.trained * one.width for one in models)
-    gradients = sum(one.trained * one.width for one in models)
+    gradients = sum(one.trained_part(count if part else 1) for one in models)
+    moments = 2 * gradients
+    layered = [one for one in models if part and one.layers is not None]
     vocabulary = int(getattr(reader.model.config, "vocab_size", 0) or 0)
     layers, size = reader.depth * (2 if reader.kind == "seq2seq" else 1), reader.width
     phases: Phases = {}
+    learned = [("moments", moments)] if moments else []
     held = [
         ("weights", weights),
-        *([("moments", moments)] if moments else []),
+        *(
+            [
+                (
+                    "its part of the layers",
+                    sum(one.layers.parameters * one.width / count for one in layered if one.layers),
+                )
+            ]
+            if layered
+            else []
+        ),
+        *learned,
         *([("bfloat16 copy", cast)] if cast else []),
     ]
     if asked:
@@ -614,11 +691,11 @@ def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Le
     new += getattr(algo, "max_feedback_tokens", 0)  # behind the draft
     if cfg.stage in ("rl", "refine", "evaluate") or (cfg.stage in ("sft", "pref") and cfg.evaluate.every):
         if cfg.stage == "rl":
-            at_once = algo.prompts_per_step * samples_of(algo)[0]
+            at_once = -(-algo.prompts_per_step // count) * samples_of(algo)[0]
         elif cfg.stage == "refine":
             at_once = algo.rows_per_part * samples_of(algo)[0]
         else:
-            at_once = cfg.evaluate.batch_size
+            at_once = -(-cfg.evaluate.batch_size // (1 if cfg.evaluate.decode == "beam" else count))
         cache = at_once * (lengths.longest_prompt + new) * _cached(reader) * computing
         name = "sample" if cfg.stage in ("rl", "refine") else "evaluate"
         phases[name] = [*held, (f"cache of {at_once} responses at full length", cache)]
@@ -626,7 +703,7 @@ def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Le
         budget = int(algo.micro_tokens)
         rows = algo.batch_size if hasattr(algo, "batch_size") else algo.prompts_per_step * samples_of(algo)[0]
         longest = lengths.longest_prompt + algo.max_new_tokens if cfg.stage == "rl" else lengths.longest
-        tokens = max(longest, min(budget, rows * max(1, longest)))
+        tokens = max(longest, min(budget, rows * max(1, longest) // count))
         deep = 17 * computing
         if cfg.model.gradient_checkpointing:
             activations = tokens * size * (layers * computing + deep)
@@ -636,6 +713,16 @@ def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Le
             cfg.stage in ("distill", "select") and not hasattr(reader, "labels")
         )
         logits = 2 * tokens * vocabulary * computing if writes else 0
+        if layered:  # together for their own passes alone; what autograd keeps of a layer's cast it keeps until its backward pass
+            mine = own.layers or Layers(0, 0, 0)
+            one_layer = max(one.layers.largest for one in layered if one.layers)
+            kept = all_of_it - (mine.parameters - mine.largest if cfg.model.gradient_checkpointing else 0)
+            held = [
+                ("its part of the weights", sum(one.part(count) if one in layered else one.weights for one in models)),
+                ("two layers together and the gradient of one", 3.0 * one_layer * width),
+                *learned,
+                *([("bfloat16 copy", 2.0 * kept)] if cast else []),
+            ]
         phases["update"] = [
             *held, ("gradients", gradients), (f"activations of {tokens:,} tokens", activations),
             *([("their logits and the gradient of these", logits)] if logits else []),
@@ -666,7 +753,8 @@ def _cached(reader: Any) -> int:
 def work_of(
     cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Lengths, rows: int, sides: int
 ) -> gpus.Work | None:
-    """What a run computes, at most: every response at full length, evaluation, rewards by rule and requests not counted.
+    """What a run computes, at most: every response at full length, evaluation, rewards by rule and requests not counted. Of a run
+    that several processes share, what one of them does.
 
     Of an encoder–decoder half the weights see the prompt, half the response.
 
@@ -677,6 +765,7 @@ def work_of(
     if steps is None or cfg.stage == "select" or not lengths.longest:
         return None
     all_of_it, trained = _own(reader, cfg)
+    among, _ = shared(cfg)
     half = 2 if reader.kind == "seq2seq" else 1
     learn = 4 * all_of_it + 2 * trained + (2 * all_of_it if cfg.model.gradient_checkpointing else 0)
     learn += sum(6 * one.parameters for one in more if one.trained)
@@ -687,7 +776,7 @@ def work_of(
         new, count = algo.max_new_tokens, samples_of(algo)[0]
         if hasattr(algo, "max_feedback_tokens"):  # criticises itself: the draft, and each rewrite anew
             new += (algo.rounds + 1) * algo.max_feedback_tokens
-        prompts = algo.prompts_per_step if cfg.stage == "rl" else algo.rows_per_part
+        prompts = -(-algo.prompts_per_step // among) if cfg.stage == "rl" else algo.rows_per_part  # whole groups
         if getattr(algo, "drafts", None):
             return None  # the drafts are there already
         work = gpus.decoding(
@@ -696,12 +785,13 @@ def work_of(
         work.operations = steps * prompts * lengths.prompt * 2 * all_of_it / half
         tokens = steps * prompts * count * (lengths.prompt + new)
         if cfg.stage == "rl":
+            tokens = steps * algo.prompts_per_step * count * (lengths.prompt + new) / among
             ask += sum(2 * one.parameters for one in more if one.trained)  # values, before the update
             work.operations += tokens * (ask + algo.epochs * learn) / half
         else:
             work.operations += tokens * ask / half
     else:
-        tokens = steps * algo.batch_size * sides * (lengths.prompt + lengths.response)
+        tokens = steps * algo.batch_size * sides * (lengths.prompt + lengths.response) / among
         work.operations = tokens * (ask + learn) / half
     work.bfloat16 = width == 2
     return work
@@ -712,12 +802,44 @@ def most_of(phases: Phases) -> dict[str, float]:
     return {name: sum(amount for _, amount in parts) for name, parts in phases.items()}
 
 
-def _say_gpus(phases: Phases, work: gpus.Work | None, found: Found) -> None:
+def _say_processes(cfg: DictConfig, algo: Any, found: Found) -> None:
+    """What one of several processes is assumed to hold and to do."""
+    count, part = shared(cfg)
+    if count == 1:
+        if cfg.run.processes > 1:
+            found.say(
+                "processes",
+                f"1: run.processes={cfg.run.processes} is for stages that several share, not for {cfg.stage}.",
+            )
+        return
+    why = "WORLD_SIZE" if processes.several() else "run.processes"
+    found.say(
+        "processes",
+        f"{count} ({why}) share out the passes of each step. Memory and time are those of one of them, which has a GPU to itself; "
+        f"on processors all {count} are in the memory of their machine.",
+    )
+    text = "Each holds the whole model, and its gradients and moments."
+    if part:
+        text = (
+            "run.shard: each keeps its part of the layers, of their gradients and their moments; embeddings, last norm, head and\n"
+            "            other models it holds whole, and to sample, evaluate and save the layers too."
+        )
+    found.lines.append(f"            {text}")
+    work = getattr(algo, "prompts_per_step" if cfg.stage == "rl" else "batch_size", count)
+    if work < count:
+        what = "algo.prompts_per_step" if cfg.stage == "rl" else "algo.batch_size"
+        found.lines.append(
+            f"            warning: {what}={work} is less than {count}: some have nothing to do in a step."
+        )
+
+
+def _say_gpus(phases: Phases, work: gpus.Work | None, among: tuple[int, bool], found: Found) -> None:
     """A table of GPUs, of a run that not every one of them holds with ease."""
     most = most_of(phases)
     if max(most.values(), default=0.0) < SMALL:
         return
-    lines = [["GPU", *most, "time"]]
+    count, part = among
+    lines = [["GPU" if count == 1 else f"{count} GPUs, each", *most, "time"]]
     for gpu in gpus.GPUS:
         time = "–" if work is None else _clock(work.seconds(gpu))
         fits = all(gpu.holds(need) for need in most.values())
@@ -729,6 +851,11 @@ def _say_gpus(phases: Phases, work: gpus.Work | None, found: Found) -> None:
         text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         found.say("fits on" if i == 0 else "", text)
     found.lines += [f"            {line}" for line in (*gpus.ASSUMED, "In brackets: of a GPU as fast that held it.")]
+    if count > 1:
+        found.lines.append(
+            f"            Passes are taken to be shared out evenly (sampling by whole prompts); that processes wait for each other and for\n"
+            f"            messages (gradients{', layers' if part else ''}) is not counted."
+        )
 
 
 def _say_disk(cfg: DictConfig, reader: Any, more: list[Held], found: Found) -> None:
@@ -795,12 +922,22 @@ def _say_time(cfg: DictConfig, algo: Any, rows: int, found: Found) -> None:
     _, folder, result, apart = best
     spent = {k: v for k, v in result["seconds"].items() if k not in ("evaluate", "teacher")}
     each = sum(spent.values()) / result["steps"]
+    then, now_in = _processes_of(folder), shared(cfg)[0]
+    among = f"; it ran in {then} process{'es' if then > 1 else ''}, this in {now_in}" if then != now_in else ""
     also = f"; {folder.name} differs in {', '.join(apart[:6])}{' …' if len(apart) > 6 else ''}" if apart else ""
     found.say(
         "time",
-        f"about {_clock(each * steps)} for {steps:,} steps without evaluation, at the {each:.2g} s a step that {folder} took{also}. "
+        f"about {_clock(each * steps)} for {steps:,} steps without evaluation, at the {each:.2g} s a step that {folder} took{also}{among}. "
         f"Another machine has another speed.",
     )
+
+
+def _processes_of(folder: Path) -> int:
+    """Of a finished run; 1 where it does not say."""
+    try:
+        return int(json.loads((folder / "environment.json").read_text(encoding="utf-8"))["processes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1
 
 
 def _family(file: Path, now: dict[str, Any]) -> tuple[dict[str, Any], list[str]] | None:

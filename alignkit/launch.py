@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from alignkit import feedback, processes
-from alignkit.config import check, same_settings, same_sources
+from alignkit.config import SHARED, check, same_settings, same_sources
 from alignkit.data import Data, Row, hash_source, overlap, read
 from alignkit.errors import UserError
 from alignkit.signature import file_of
@@ -31,7 +31,6 @@ EVALUATES = (
     "evaluate_classes",
     "judge",
 )  # stages that learn nothing: no training rows are read, and they are done again
-SHARED = ("sft", "pref", "rm", "rl", "distill", "evaluate")  # stages whose passes several processes share
 MODELS = (  # settings that may name the folder of a model or a run
     "model.path", "model.steer.value", "model.steer.minus", "algo.critic.model", "algo.teacher", "algo.selector",
 )  # fmt: skip
@@ -57,8 +56,7 @@ def launch(cfg: DictConfig) -> dict[str, Any]:
     directory = Path(cfg.run.dir)
     with locked(directory):
         if cfg.run.overwrite:
-            _clear(directory)
-            feedback.forget(Path(cfg.run.root) / feedback.FILE, str(directory.resolve()))
+            _clear(directory, cfg.run.root)
         done = _finished(cfg, directory, data)
         if done is not None:
             print(f"{directory} is finished; nothing to do. Start anew with run.overwrite=true.")
@@ -83,23 +81,44 @@ def take_part(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: a stage whose work cannot be shared out.
     """
-    if cfg.stage not in SHARED:
-        raise UserError(f"stage {cfg.stage} runs in one process. Start it without torchrun or accelerate.")
+    refuse_unshared(cfg)
     from alignkit import ranks
 
-    directory = Path(cfg.run.dir)
-    with ranks.joined(cfg.run.patience), locked(directory) if ranks.first() else nullcontext():
-        if ranks.first() and cfg.run.overwrite:
-            _clear(directory)
-        data = _build(cfg.data, "data")
-        ranks.barrier()
-        done = ranks.agreed(_finished(cfg, directory, data))
-        if done is None:
+    directory, data = Path(cfg.run.dir), _build(cfg.data, "data")
+    with ranks.joined(cfg.run.patience):
+        if data.show:
             if ranks.first():
-                _record_composition(cfg, directory / ".hydra")
-            return _run(cfg, data)
-        print(f"{directory} is finished; nothing to do. Start anew with run.overwrite=true.")
-        return done
+                from alignkit.show import show_rows
+
+                show_rows(cfg, data)
+            ranks.barrier()  # torchrun stops all when one has failed
+            return {}
+        with locked(directory) if ranks.first() else nullcontext():
+            if ranks.first() and cfg.run.overwrite:
+                _clear(directory, cfg.run.root)
+            ranks.barrier()
+            done = ranks.agreed(_finished(cfg, directory, data))
+            if done is None:
+                if ranks.first():
+                    _record_composition(cfg, directory / ".hydra")
+                return _run(cfg, data)
+            print(f"{directory} is finished; nothing to do. Start anew with run.overwrite=true.")
+            return done
+
+
+def refuse_unshared(cfg: DictConfig) -> None:
+    """Of the processes that torchrun or accelerate has started.
+
+    Raises:
+        UserError: a stage whose work cannot be shared out; of a pipeline says how that of its steps can.
+    """
+    if cfg.stage == "pipeline":
+        raise UserError(
+            "stage pipeline runs in one process, which starts the steps. Start it without torchrun or accelerate; "
+            f"run.processes=N starts N processes of this machine for each step that they can share ({', '.join(SHARED)})."
+        )
+    if cfg.stage not in SHARED:
+        raise UserError(f"stage {cfg.stage} runs in one process. Start it without torchrun or accelerate.")
 
 
 def share_in(cfg: DictConfig, words: dict[str, str]) -> None:
@@ -374,8 +393,9 @@ def _build(node: DictConfig, name: str) -> Any:
         raise
 
 
-def _clear(directory: Path) -> None:
-    """Empty a run directory; a folder that no run has made is left alone.
+def _clear(directory: Path, root: str) -> None:
+    """Empty a run directory, and take what it has spent on requests off the account of ``root``; a folder that no run has made is
+    left alone.
 
     Raises:
         UserError: the folder holds something, but no run.
@@ -385,3 +405,4 @@ def _clear(directory: Path) -> None:
         raise UserError(f"{directory} holds files but no run (no config.yaml): run.overwrite=true does not empty it.")
     for path in inside:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    feedback.forget(Path(root) / feedback.FILE, str(directory.resolve()))

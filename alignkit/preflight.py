@@ -299,7 +299,8 @@ def disk(run: Run, model: Any, optimizer: torch.optim.Optimizer, steps: int) -> 
     Raises:
         UserError: says what is needed and what is free.
     """
-    trained = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    whole_of = run.shards.whole_of if run.shards else lambda p: p  # checkpoints are those of one process
+    trained = sum(whole_of(p).numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
     lora = hasattr(model.model, "peft_config")
     weights = trained if lora else sum(p.numel() * p.element_size() for p in model.model.parameters())
     beside = sum(

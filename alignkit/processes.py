@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,11 +23,29 @@ from alignkit.errors import Stopped, UserError
 GRACE = 15.0  # seconds that the others have to stop by themselves once one has ended
 LEFT = 3  # exit code of a process whose others are gone
 ERRORS = {"UserError": UserError, "Stopped": Stopped}
+NOTHING = "nothing is saved yet, so it starts from the beginning."
+met = False  # whether this process has gone to meet the others: until then each finds the same mistakes
 
 
 def several() -> bool:
     """Whether this process was started as one of several, by ``run``, torchrun or accelerate."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def first() -> bool:
+    """Whether it is the first of them, or alone."""
+    return not several() or os.environ.get("RANK", "0") == "0"
+
+
+def how_to_go_on(cfg: DictConfig) -> str:
+    """What repeating the command of a run that has ended early will do."""
+    home = Path(cfg.run.dir)
+    saved = any(home.glob("checkpoint-*[0-9]/state/run.json")) or (home / "parts" / "run.json").exists()
+    repeat = f"Repeat the command{' without run.overwrite=true' if cfg.run.overwrite else ''}"
+    if cfg.stage == "pipeline":
+        inside = [*home.glob("*/result.json"), *home.glob("*/checkpoint-*[0-9]"), *home.glob("*/parts/run.json")]
+        return f"{repeat} to go on from what its steps have saved." if inside else f"{repeat}: {NOTHING}"
+    return f"{repeat} to go on from the last checkpoint." if saved else f"{repeat}: {NOTHING}"
 
 
 def run(cfg: DictConfig, count: int) -> None:
@@ -35,7 +54,7 @@ def run(cfg: DictConfig, count: int) -> None:
     Raises:
         UserError, Stopped: what the processes have raised, or that one of them was killed.
     """
-    with tempfile.TemporaryDirectory(prefix="alignkit-") as folder:
+    with tempfile.TemporaryDirectory(prefix="alignkit-", ignore_cleanup_errors=True) as folder:
         given = Path(folder) / "given.json"
         told = {"cfg": OmegaConf.to_yaml(cfg), "argv": sys.argv, "given": unread.given(cfg)}
         given.write_text(json.dumps(told), encoding="utf-8")
@@ -43,9 +62,10 @@ def run(cfg: DictConfig, count: int) -> None:
         shared = {
             **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count), "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+            "TMPDIR": folder,  # what they leave behind when they are killed goes with it
         }  # fmt: skip
         if cfg.run.threads is None:
-            shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+            shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // count))
         children = [  # in sessions of their own: Ctrl-C at a terminal comes to this process alone, which hands it on
             subprocess.Popen(command, env={**shared, "RANK": str(i), "LOCAL_RANK": str(i)}, start_new_session=True)
             for i in range(count)
@@ -66,9 +86,7 @@ def run(cfg: DictConfig, count: int) -> None:
         how += f" (where it says Timeout, it had waited for run.patience={cfg.run.patience} seconds)"
     if code == LEFT:
         how = f"was left by the others ({found[0][1] if found else 'they are gone'})"
-    raise UserError(
-        f"process {i} of {count} {how}; the others were stopped. Repeat the command to go on from the last checkpoint."
-    )
+    raise UserError(f"process {i} of {count} {how}; the others were stopped. {how_to_go_on(cfg)}")
 
 
 def _look_after(children: list[subprocess.Popen[bytes]]) -> tuple[list[int], bool]:
@@ -101,6 +119,11 @@ def _look_after(children: list[subprocess.Popen[bytes]]) -> tuple[list[int], boo
             signal.signal(number, handler)
 
 
+def _cores() -> int:
+    """Those that this process may use: a scheduler gives a job some of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -108,17 +131,26 @@ def _free_port() -> int:
         return port
 
 
-def _end_with(parent: int) -> None:
-    """End when the process that started this one is gone, however it went."""
+def _end_with(parent: int, folder: Path) -> None:
+    """End when the process that started this one is gone, however it went, and take its folder along."""
     while os.getppid() == parent:
         time.sleep(0.5)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
 def main() -> None:
-    """One of the processes; a mistake or a stop is left in a file for the one that has started it."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    """One of the processes; a stop while it still imports is no fault."""
+    try:
+        _take_part()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _take_part() -> None:
+    """Run; a mistake or a stop is left in a file for the one that has started it."""
     file = Path(sys.argv[1])
+    threading.Thread(target=_end_with, args=(os.getppid(), file.parent), daemon=True).start()
     given = json.loads(file.read_text(encoding="utf-8"))
     sys.argv = given["argv"]
     from alignkit.config import Config, register
@@ -132,8 +164,6 @@ def main() -> None:
     except (UserError, Stopped) as e:
         _leave(file, e)
         sys.exit(130 if isinstance(e, Stopped) else 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except RuntimeError as e:
         if not isinstance(e, Elsewhere) and "gloo" not in str(e).lower() and "nccl" not in str(e).lower():
             raise

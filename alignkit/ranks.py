@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alignkit import processes
 from alignkit.batch import Batch
 from alignkit.errors import UserError
 
@@ -47,6 +48,7 @@ def joined(patience: float | None) -> Iterator[None]:
     """
     global _patience
     _patience = patience
+    processes.met = True
     cuda = torch.cuda.is_available()
     if cuda:
         there, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -612,6 +612,9 @@ class Run:
             shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink()
         write_atomically(self.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(whole(self.cfg))))
         environment = environment_record() | {"determinism": determinism(self.seed)}
+        environment |= {"processes": ranks.size(), "shard": bool(self.cfg.run.shard) and ranks.size() > 1}
+        if earlier := self._earlier_processes(ranks.size()):
+            environment["earlier_processes"] = earlier
         threads = self.state.get("threads")
         if threads is not None and threads != environment["threads"]:
             print(
@@ -620,6 +623,15 @@ class Run:
                 file=sys.stderr,
             )
         self.write_json("environment.json", environment)
+
+    def _earlier_processes(self, now: int) -> list[int]:
+        """Other numbers of processes in which steps were done that this start goes on from: their seconds are in the ledger too."""
+        try:
+            before = json.loads((self.dir / "environment.json").read_text(encoding="utf-8")) if self.state else {}
+        except (OSError, ValueError):
+            return []
+        counts = {*before.get("earlier_processes", []), before.get("processes", now)}
+        return sorted(counts - {now})
 
 
 def environment_record() -> dict[str, Any]:

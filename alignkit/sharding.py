@@ -68,6 +68,10 @@ class Shards:
         """Whether it is what ``own`` has given of a layer's weight."""
         return id(p) in self._own
 
+    def whole_of(self, p: Tensor) -> Tensor:
+        """The layer's weight of which it is a part, with the shape of the whole; another weight itself."""
+        return self._own[id(p)][0] if id(p) in self._own else p
+
     @staticmethod
     def is_apart(p: Tensor) -> bool:
         """Whether it is a layer's weight of which each rank has its part now."""

@@ -29,13 +29,15 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from alignkit import __version__
+from alignkit.config import NEEDS, SHARED
 from alignkit.errors import Stopped, UserError
 from alignkit.files import write_atomically
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+SLURM = "submitit_launcher.SlurmLauncher"
 DONE = ("ok", "skipped")  # the other states: failed, stopped, running, not run
 
 _current: Sweep | None = None  # the sweep of this process: Hydra makes the callback and keeps it to itself
@@ -57,6 +59,12 @@ def reported() -> Iterator[None]:
         if _current is None:
             raise
         if not _current.begun():
+            gone = [tool for tool in ("sbatch", "srun") if shutil.which(tool) is None]
+            if _current.slurm and gone:
+                raise UserError(
+                    f"hydra/launcher=submitit_slurm: there is no {gone[0]} on this machine. Start it where jobs are submitted; "
+                    "--dry-run prints the script here, and hydra/launcher=submitit_local runs the jobs here, by the same code."
+                ) from None
             if isinstance(e, OSError):
                 raise UserError(
                     f"{_current.folder} cannot be written ({e.strerror}). Choose another run.root."
@@ -96,6 +104,11 @@ class Sweep(Callback):
     # ---- Hydra's calls -------------------------------------------------------------------------------------
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        for text in self.begin(config):
+            print(text, file=sys.stderr)
+
+    def begin(self, config: DictConfig) -> list[str]:
+        """Find out the jobs, and where they are recorded; what the launcher is made to ask for besides what is set, in words."""
         global _current
         self.words = sys.argv[1:]
         self.task = list(config.hydra.overrides.task)
@@ -117,6 +130,15 @@ class Sweep(Callback):
         # before, between and after trainings SIGTERM is Ctrl-C: the sweep says what is left
         self.handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         _current = self
+        self.slurm = config.hydra.launcher._target_.endswith(SLURM)
+        self.processes = processes_of(config, self.jobs)
+        launcher = config.hydra.launcher
+        if "submitit" not in launcher._target_:
+            return []
+        with open_dict(config):
+            if launcher.name == config.hydra.job.name and not any(w.startswith("hydra.job.name=") for w in self.words):
+                launcher.name = f"alignkit-{self.name}"
+            return equip(launcher, self.processes, config.model.device != "cpu")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if self.folder is None:
@@ -277,6 +299,52 @@ class Sweep(Callback):
     def _flags(self) -> list[str]:
         """The words of the command that are not the sweep's: --config-dir and its folder."""
         return [w for w in self.words if w not in (*self.task, "-m", "--multirun") and not w.startswith("hydra")]
+
+
+def processes_of(config: DictConfig, jobs: dict[int, dict[str, Any]]) -> int:
+    """The processes of the job that has most (``run.processes``, also of a pipeline's steps)."""
+    stage = config.get("stage")
+    if stage in NEEDS and stage not in (*SHARED, "pipeline"):
+        return 1
+    inside = OmegaConf.to_container(OmegaConf.masked_copy(config, ["steps", "more"]))  # words of a pipeline's steps
+    words = json.dumps([inside, [job["overrides"] for job in jobs.values()]])
+    return max([config.run.processes, *(int(n) for n in re.findall(r"\brun\.processes=(\d+)", words))])
+
+
+def equip(launcher: DictConfig, processes: int, on_gpus: bool) -> list[str]:
+    """Have a submitit launcher ask for what a job of several processes needs: it is one task, which starts them on its node.
+
+    Returns:
+        What is asked for because nothing was set, and warnings of what was set too low, in words.
+    """
+    if processes == 1:
+        return []
+    told, slurm = [], launcher._target_.endswith(SLURM)
+    more = launcher.get("additional_parameters") or {}
+    named = [launcher.get(k) for k in ("gpus_per_node", "gpus_per_task", "gres")]
+    named += [more.get(k) for k in ("gpus", "gpus-per-node", "gpus_per_node", "gpus-per-task", "gpus_per_task", "gres")]
+    given = [str(one) for one in named if one is not None]
+    if slurm and on_gpus and not given:
+        launcher.gpus_per_node = processes
+        told.append(
+            f"note: run.processes={processes}, so a job asks for {processes} GPUs of its node (hydra.launcher.gpus_per_node; none with "
+            "model.device=cpu)."
+        )
+    gpus = [int(found[1]) for one in given if (found := re.search(r"(\d+)$", one))]  # as in gpu:a100:4
+    if gpus and 0 < max(gpus) < processes:
+        told.append(
+            f"warning: run.processes={processes} starts {processes} processes, each of which takes a GPU, but a job asks for "
+            f"{max(gpus)}: set hydra.launcher.gpus_per_node={processes}."
+        )
+    cores = launcher.get("cpus_per_task")
+    if slurm and cores is None and not launcher.get("cpus_per_gpu"):
+        launcher.cpus_per_task = processes
+        told.append(f"note: a job asks for {processes} cores, one a process (hydra.launcher.cpus_per_task).")
+    elif cores is not None and cores < processes:
+        told.append(
+            f"warning: hydra.launcher.cpus_per_task={cores} is less than one core a process (run.processes={processes})."
+        )
+    return told
 
 
 def jobs_table(jobs: list[dict[str, Any]]) -> str:

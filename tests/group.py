@@ -85,6 +85,7 @@ def _share_a_model(folder: Path) -> None:
             return sum(shards.own(p).numel() for p in model.parameters())
 
         found = {"weights": whole, "shared": whole - in_layers, "own": held()}
+        found["of"] = sum(shards.whole_of(shards.own(p)).numel() for p in model.parameters())
         apart = model(ids).logits  # each layer comes together for its pass alone
         shards.whole()
         again = model.state_dict()

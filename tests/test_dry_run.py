@@ -17,8 +17,8 @@ import pytest
 from running import SMALL_CAUSAL, SMALL_RL, SMALL_RUN, SMALL_SEQ2SEQ, SMALL_SFT, command, composed, train
 
 from alignkit import gpus
-from alignkit.config import Model, check
-from alignkit.dry_run import Held, Lengths, _clock, _size, steps_of, work_of
+from alignkit.config import SHARDED, SHARED, Model, check
+from alignkit.dry_run import Held, Layers, Lengths, _clock, _layers, _size, needs, steps_of, work_of
 from alignkit.loading import device_of
 from alignkit.policy import load
 
@@ -73,9 +73,11 @@ def test_an_rl_run_with_a_critic_and_a_reference(cli: Cli, tmp_path: Path) -> No
 
 
 def test_what_a_model_needs_is_that_of_the_arithmetic() -> None:
-    """1000 weights of 4 bytes, 500 of them trained: 4000 bytes; gradients and two moments of the trained ones: 6000."""
+    """1000 weights of 4 bytes, 500 of them trained. Of 800 in layers, 400 of them trained, four processes keep 200 and 100 each."""
     held = Held("x", 1000, 500, 4)
-    assert (held.weights, held.learning) == (4000, 6000)
+    assert (held.weights, held.part(4), held.trained_part(4)) == (4000, 4000, 2000)
+    parted = Held("x", 1000, 500, 4, Layers(800, 400, 200))
+    assert (parted.weights, parted.part(4), parted.trained_part(4)) == (4000, 4 * 400, 4 * 200)
     assert [_size(x) for x in (2.5e9, 400e9, 3e6, 1500)] == ["2.5 GB", "400 GB", "3.0 MB", "2 kB"]
     assert [_clock(x) for x in (30, 600, 7200)] == ["30 s", "10 min", "2.0 h"]
 
@@ -126,6 +128,7 @@ def test_the_first_row_is_shown_as_the_model_reads_it(cli: Cli, tmp_path: Path) 
 def test_time_is_that_of_a_run_of_the_same_method_and_model_and_else_not_known(cli: Cli, tmp_path: Path) -> None:
     assert line(cli("train", *FIT, "--dry-run")[1], "time").startswith("not known: no finished run")
     result, folder = train(tmp_path / "runs", *FIT)
+    assert "this in 2" in line(cli("train", *FIT, "run.processes=2", "--dry-run")[1], "time")
     before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
     code, out, err = cli("train", *FIT, "seed=3", "algo.steps=60", "--dry-run")
     assert code == 0, err
@@ -184,6 +187,10 @@ def test_what_lies_on_the_hub_alone_could_not_be_checked(words: list[str], what:
     done = command("train", *words, "--dry-run", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert f"could not be checked:\n  - {what}" in done.stdout
+    assert done.stdout.endswith("No mistake was found in the rest; a run ends with one where it cannot have these.\n")
+    assert ("model       some-org/some-model could not be looked at: see the end." in done.stdout) == (
+        "model.path" in words[-1]
+    )
     assert "Traceback" not in done.stderr
     clean(tmp_path)
 
@@ -194,7 +201,11 @@ def test_what_lies_on_the_hub_alone_could_not_be_checked(words: list[str], what:
 def test_a_sweep_is_told_a_job_at_a_time_and_leaves_nothing(tmp_path: Path) -> None:
     done = command("train", "-m", *FIT, "seed=1,2", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"stage sft, seed (\d)", done.stdout) == ["1", "2"]
+    assert re.findall(r"stage sft, seed (\d)", done.stdout) == ["1"]
+    assert done.stdout.startswith("== job 0 (seed=1)\n")
+    two = composed([*FIT, "seed=2"]).run.dir
+    assert done.stdout.endswith(f"job 1 (seed=2): as job 0 but for its seed; {two}\n")
+    assert "Launching" not in done.stdout + done.stderr
     clean(tmp_path)
     refused = command("train", "-m", *FIT, "hydra/sweeper=optuna", "--dry-run", cwd=tmp_path)
     assert refused.returncode == 2 and "chooses jobs by their results" in refused.stderr
@@ -262,10 +273,12 @@ def test_the_slurm_script_is_the_one_that_is_submitted(tmp_path: Path) -> None:
     assert dry.returncode == 0, dry.stderr
     clean(tmp_path)
     script = "#!/bin/bash" + dry.stdout.split("#!/bin/bash")[1].split("\n\n\n")[0]
-    for flag in ("array=0-3%4", "gpus-per-node=1", "time=600", "mem=64GB", "signal=TERM@300", "ntasks-per-node=1"):
+    flags = "array=0-3%4", "gpus-per-node=1", "time=600", "mem=64GB", "signal=TERM@300", "ntasks-per-node=1"
+    for flag in (*flags, "job-name=alignkit-sft"):
         assert f"#SBATCH --{flag}\n" in script
     assert "submitit_slurm: 4 jobs. Nothing is submitted" in dry.stdout
-    assert re.findall(r"stage sft, seed (\d)", dry.stdout) == ["1", "1", "2", "2"]
+    assert re.findall(r"(?m)^== (job \d) \(seed=(\d) ", dry.stdout) == [("job 0", "1"), ("job 1", "1")]
+    assert re.findall(r"(?m)^(job \d) \(.*: as (job \d) but", dry.stdout) == [("job 2", "job 0"), ("job 3", "job 1")]
     (tmp_path / "bin").mkdir()
     for name, line in (("srun", "exit 1"), ("sbatch", f'cp "$1" {tmp_path}/given.sh; exit 1')):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
@@ -282,7 +295,11 @@ def test_processes_of_this_machine_are_counted(tmp_path: Path) -> None:
     told = line(done.stdout, "launcher")
     assert told.startswith("submitit_local: 3 jobs, 2 at a time; 2 processes on this machine, started together")
     assert "after 60 minutes" in told and "none sees a GPU" in told
-    assert re.findall(r"stage sft, seed (\d)", done.stdout) == ["1", "2", "3"]
+    assert re.findall(r"stage sft, seed (\d)", done.stdout) == ["1"]
+    assert done.stdout.count(": as job 0 but for its seed") == 2
+    twice = command("train", *words, "run.processes=2", cwd=tmp_path)
+    assert "2 at a time; 4 processes on this machine" in line(twice.stdout, "launcher")
+    assert "#SBATCH" not in twice.stdout and "GPU to itself" in line(twice.stdout, "processes")
     clean(tmp_path)
 
 
@@ -293,6 +310,201 @@ def test_a_launcher_that_is_not_installed(tmp_path: Path) -> None:
         check=False,
     )  # fmt: skip
     assert done.returncode == 2 and "pip install -e '.[slurm]'" in done.stderr and "Traceback" not in done.stderr
+    clean(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "said"),
+    [
+        ([], {"gpus-per-node": "4", "cpus-per-task": "4"}, ["note: run.processes=4, so a job asks for 4 GPUs", "note: a job asks for 4 cores"]),
+        (["model.device=cpu"], {"cpus-per-task": "4"}, ["note: a job asks for 4 cores"]),
+        (["hydra.launcher.gpus_per_node=2", "hydra.launcher.cpus_per_task=3"], {"gpus-per-node": "2", "cpus-per-task": "3"},
+         ["but a job asks for 2: set hydra.launcher.gpus_per_node=4", "cpus_per_task=3 is less than one core a process"]),
+        (["hydra.launcher.gres=gpu:a100:4", "hydra.launcher.cpus_per_task=8"], {"gres": "gpu:a100:4", "cpus-per-task": "8"}, []),
+    ],
+    ids=["nothing set", "no GPU", "too few", "enough"],
+)  # fmt: skip
+def test_a_job_asks_for_what_its_processes_need(
+    words: list[str], asked: dict[str, str], said: list[str], tmp_path: Path
+) -> None:
+    """One task on one node, which starts four processes; ``run.processes`` may be a pipeline's, or one of its steps'."""
+    slurm = ["train", "-m", "hydra/launcher=submitit_slurm", *words, "--dry-run"]
+    for job in (["+algo=ndr"], [*FIT, "run.processes=1,4"], ["+preset=sft_then_esrl", 'more.esrl="run.processes=4"']):
+        done = command(*slurm, *job, "seed=1", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        flags = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", done.stdout))
+        assert (flags["nodes"], flags["ntasks-per-node"]) == ("1", "1")
+        told = [x for x in done.stdout.split("\n") if x.startswith(("note: ", "warning: "))]
+        if job == ["+algo=ndr"]:  # a study is one process's
+            assert told == []
+            continue
+        assert {k: v for k, v in flags.items() if k in ("gpus-per-node", "gres", "cpus-per-task")} == asked
+        assert len(told) == len(said) and all(part in text for part, text in zip(said, told, strict=True))
+    clean(tmp_path)
+
+
+def test_what_is_asked_for_is_what_is_submitted(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, line in (("srun", "exit 1"), ("sbatch", f'cp "$1" {tmp_path}/given.sh; exit 1')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    words = ["train", "-m", "hydra/launcher=submitit_slurm", *FIT, "run.processes=4", "seed=1"]
+    real = command(*words, cwd=tmp_path, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    script = (tmp_path / "given.sh").read_text()
+    for flag in ("gpus-per-node=4", "cpus-per-task=4", "job-name=alignkit-sft"):
+        assert f"#SBATCH --{flag}\n" in script
+    assert "note: run.processes=4, so a job asks for 4 GPUs" in real.stderr
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_launcher_of_sweeps_wants_a_sweep(dry: list[str], cli: Cli, tmp_path: Path) -> None:
+    """Hydra would run it here without a word; a preset may have chosen the launcher."""
+    (tmp_path / "conf" / "preset").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - sft_rnnlg\n  - override /hydra/launcher: submitit_slurm\n"
+    (tmp_path / "conf" / "preset" / "far.yaml").write_text(text)
+    for words, launcher in (
+        (["hydra/launcher=submitit_slurm", *FIT], "submitit_slurm"),
+        (["hydra/launcher=submitit_local", *FIT], "submitit_local"),
+        (["hydra/launcher=joblib", *FIT], "joblib"),
+        (["--config-dir", "conf", "+preset=far"], "submitit_slurm"),
+    ):
+        code, out, err = cli("train", *words, *dry)
+        assert (code, out) == (2, "")
+        assert f"error: hydra/launcher={launcher} launches the jobs of a sweep" in err and "alignkit train -m" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["conf"]
+
+
+def test_slurm_where_there_is_none(tmp_path: Path) -> None:
+    done = command("train", *SLURM, *FIT, "seed=1,2", cwd=tmp_path, PATH=str(Path(sys.executable).parent))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "there is no sbatch on this machine" in done.stderr and done.stderr.count("error: ") == 1
+    assert "--dry-run" in done.stderr and "hydra/launcher=submitit_local" in done.stderr
+    assert not list(tmp_path.glob("runs/sweeps/*"))
+
+
+# ---- several processes -----------------------------------------------------------------------------------------
+
+
+def test_what_one_of_several_processes_holds_and_does(cli: Cli, tmp_path: Path) -> None:
+    """Two prompts of four go to each of two; a layer's gradients and moments are halved by ``run.shard``, and no other's."""
+    rl = [
+        "+algo=reinforce",
+        *SMALL_RL,
+        *SMALL_CAUSAL,
+        "data=arithmetic",
+        "reward=chrf",
+        "algo.k=2",
+        "model.config.num_hidden_layers=3",
+    ]
+    alone, two, parted = (
+        cli("train", *rl, *more, "--dry-run")[1]
+        for more in ([], ["run.processes=2"], ["run.processes=2", "run.shard=true"])
+    )
+    assert not [x for x in alone.split("\n") if x.startswith("processes")]
+    assert line(two, "processes").startswith("2 (run.processes) share out the passes of each step.")
+    assert "cache of 8 responses" in line(alone, "sample needs") and "cache of 4 responses" in line(two, "sample needs")
+    assert "Each holds the whole model" in two and "run.shard: each keeps its part of the layers" in parted
+
+    def bytes_of(out: str, phase: str, what: str) -> float:
+        found = re.search(rf"{what} ([\d.]+) (kB|MB)", line(out, f"{phase} needs"))
+        assert found, out
+        return float(found[1]) * {"kB": 1e3, "MB": 1e6}[found[2]]
+
+    n, layers = bytes_of(two, "update", "weights"), 0.0
+    assert bytes_of(two, "update", "moments") == pytest.approx(2 * n, abs=2e3)
+    own = bytes_of(parted, "update", "its part of the weights")
+    layers = 2 * (n - own)
+    assert layers > 0
+    for phase, what, wanted in (
+        ("update", "moments", 2 * own), ("update", "gradients", own), ("update", "two layers together and the gradient of one", layers),
+        ("sample", "weights", n), ("sample", "its part of the layers", layers / 2), ("sample", "moments", 2 * own),
+    ):  # fmt: skip
+        assert bytes_of(parted, phase, what) == pytest.approx(wanted, abs=3e3), (phase, what)
+    many = cli("train", *rl, "run.processes=8", "--dry-run")[1]
+    assert "warning: algo.prompts_per_step=4 is less than 8" in many
+    clean(tmp_path)
+
+
+def test_the_layers_are_those_that_the_processes_part(tmp_path: Path) -> None:
+    """``spawned`` counts what each of three holds of a real model."""
+    from group import spawned
+
+    found = spawned(3, tmp_path)
+    model: Any = composed(["+algo=sft", *SMALL_CAUSAL]).model
+    reader = load(Model(config=dict(model.config), vocab_size=300, device="cpu"), 0, ["a b c d e"] * 50)
+    n = sum(p.numel() for p in reader.model.parameters())
+    held = Held("x", n, n, 1, _layers(reader.model))
+    assert n == found[0]["weights"]
+    assert sum(held.part(3) for _ in found) == pytest.approx(sum(one["own"] for one in found))
+
+
+def test_the_work_of_one_of_several_by_hand() -> None:
+    """Supervised: half the tokens. RL with 5 prompts: 3 are drawn, the weights are read as often, half is learned from. A stage of
+    one process: all."""
+    from hydra.utils import instantiate
+
+    fit: Any = composed([*FIT, "data.limit=40"])
+    reader = load(
+        Model(config=dict(fit.model.config), vocab_size=300, tokenizer="bundled:translation", device="meta"), 0
+    )
+    n = sum(p.numel() for p in reader.model.parameters())
+
+    def work(words: list[str]) -> gpus.Work:
+        cfg: Any = composed(words)
+        found = work_of(cfg, instantiate(cfg.algo), reader, [], Lengths(3, 5, 4, 9), 40, 1)
+        assert found is not None
+        return found
+
+    assert work([*FIT, "run.processes=2"]).operations == 6 * 8 * 8 * 6 * n / 2
+    rl = work(["+algo=reinforce", *SMALL_RL, *SMALL_CAUSAL, "algo.k=2", "algo.prompts_per_step=5", "run.processes=2"])
+    assert rl.operations == 6 * (3 * 3 * 2 * n + 5 * 2 * (3 + 8) * 6 * n / 2)
+    assert rl.decoded == 6 * 3 * 2 * 8 * 2 * n
+    assert rl.read == 6 * 8 * (4 * n + 3 * 2 * (3 + 4) * 2 * 16 * 4)
+    refine = ["+algo=rejection", *SMALL_CAUSAL, "model.path=null", "algo.rows_per_part=5"]
+    assert work([*refine, "run.processes=2"]) == work(refine)
+
+
+def test_the_micro_batch_of_one_of_several() -> None:
+    """``ranks.split``: no larger than its share of the step's tokens, nor smaller than the longest row."""
+    from hydra.utils import instantiate
+
+    def tokens(*words: str) -> str:
+        cfg: Any = composed([*FIT, "algo.micro_tokens=1000", *words])
+        reader = load(
+            Model(config=dict(cfg.model.config), vocab_size=300, tokenizer="bundled:translation", device="meta"), 0
+        )
+        phases = needs(cfg, instantiate(cfg.algo), reader, [], Lengths(3, 5, 4, 40))
+        return next(what for what, _ in phases["update"] if "activations" in what)
+
+    assert tokens() == "activations of 320 tokens"
+    assert tokens("run.processes=2") == "activations of 160 tokens"
+    assert tokens("run.processes=64") == "activations of 40 tokens"
+    assert tokens("algo.micro_tokens=100", "run.processes=2") == "activations of 100 tokens"
+
+
+def test_the_steps_of_a_pipeline_that_are_shared_out(cli: Cli, tmp_path: Path) -> None:
+    """``run.shard`` goes to those that can part their layers; the steps of others are left as they are."""
+    code, out, err = cli("train", "+preset=srt_tiny", "run.processes=2", "run.shard=true", "--dry-run")
+    assert code == 0, err
+    said = dict(re.findall(r"(?m)^step (\w+) +stage (.*?): alignkit", out))
+    parted = "composed and accepted, in 2 processes, each with a part of the layers"
+    for text in said.values():
+        stage, _, rest = text.partition(", ")
+        shared, apart = stage in SHARED, stage in SHARDED
+        wanted = parted if apart else "composed and accepted, in 2 processes" if shared else "composed and accepted"
+        assert rest == wanted
+    assert {text.partition(",")[0] in SHARDED for text in said.values()} == {True, False}
+    clean(tmp_path)
+
+
+def test_started_by_torchrun_the_first_tells(tmp_path: Path) -> None:
+    words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "alignkit", "train", *FIT, "--dry-run"]
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=200, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("dry run of sft") == 1
+    assert line(done.stdout, "processes").startswith("2 (WORLD_SIZE)")
     clean(tmp_path)
 
 
@@ -354,7 +566,9 @@ def test_a_large_run_is_held_against_gpus_and_a_small_one_is_not(cli: Cli) -> No
     assert len(rows) == len(gpus.GPUS)
     assert rows["L4 24 GB"][:2] == ["fits", "no"] and rows["L4 24 GB"][2].startswith("(")
     assert rows["A100 40 GB"][:2] == ["fits", "fits"] and not rows["A100 40 GB"][2].startswith("(")
-    assert "not measured" in out
+    assert "not measured" in out and "shared out evenly" not in out
+    shared = cli("train", *FIT, *words, "run.processes=2", "--dry-run")[1]
+    assert line(shared, "fits on").startswith("2 GPUs, each") and "Passes are taken to be shared out evenly" in shared
 
 
 # ---- the page --------------------------------------------------------------------------------------------------
@@ -376,6 +590,9 @@ def test_what_the_page_says_is_assumed_is_assumed() -> None:
 
 def test_the_commands_of_its_scripts_are_accepted() -> None:
     fences = re.findall(r"(?ms)^```sh\n(.*?)^```$", PAGE)
+    scripts = [f for f in fences if "#SBATCH" in f]
+    assert len(scripts) == 2  # each saves before its time is over, and asks no network of its nodes
+    assert all("--signal=TERM@300" in s and "HF_HOME=" in s and "HF_HUB_OFFLINE=1" in s for s in scripts)
     told = [x for f in fences for x in f.replace("\\\n", " ").split("\n") if "alignkit train" in x]
     assert len(told) == 3
     for one in told:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from running import SMALL_CAUSAL, SMALL_RL, SMALL_RUN, SMALL_SEQ2SEQ, command, c
 
 from alignkit.algos.grpo import GRPO
 from alignkit.algos.ppo import PPO
-from alignkit.config import check
+from alignkit.config import check, schema_keys, type_of
 from alignkit.critic import Critic
 from alignkit.errors import UserError, need
 from alignkit.run import hash_weights
@@ -74,11 +75,83 @@ def test_one_setting_is_blamed_not_all() -> None:
         (["run.dir=''"], "run.dir: must not be empty"),
         (["model.lora.alpha=32"], "model.lora.r: is 0"),
         (["algo.needs_reference=true"], "algo.needs_reference: unknown"),
+        (["run.shard=true"], "run.shard: one process has all layers"),
     ],
 )
 def test_check_refuses(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         check(composed(["+algo=grpo", *words]))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["+algo=ndr"], "run.shard: stage study runs in one process, which has all layers"),
+        (["+algo=rejection", "reward=chrf"], "run.shard: stage refine runs in one process"),
+        (["+algo=evaluate", "model.path=bundled:nlg", "data=rnnlg"], "run.shard: has no effect in stage evaluate"),
+        (["+algo=sft"], None),
+        (["+preset=sft_then_esrl"], None),
+    ],
+)
+def test_layers_are_parted_where_several_processes_share_a_training(words: list[str], said: str | None) -> None:
+    cfg = composed([*words, "run.processes=2", "run.shard=true"])
+    if said is None:
+        check(cfg)
+    else:
+        with pytest.raises(UserError, match=said):
+            check(cfg)
+
+
+TYPES = [
+    ("run.processes=two", "run.processes: must be an integer, is 'two'."),
+    ("run.processes=1.5", "run.processes: must be an integer, is 1.5."),
+    ("seed=abc", "seed: must be an integer, is 'abc'."),
+    ("seed=null", "seed: must be an integer, is null."),
+    ("run.shard=maybe", "run.shard: must be true or false, is 'maybe'."),
+    ("evaluate.every=[1]", "evaluate.every: must be an integer, is [1]."),
+    ("evaluate.rows=x", "evaluate.rows: must be an integer or null, is 'x'."),
+    ("audit.length=a", "audit.length: must be a number or null, is 'a'."),
+    ("model.lora.r=x", "model.lora.r: must be an integer, is 'x'."),
+    ("model.steer.scale={a: 1}", "model.steer.scale: must be a number, is {'a': 1}."),
+    ("run.root=[a]", "run.root: must be a text, is ['a']."),
+    ("model.lora=3", "model.lora: must be settings, as in model.lora.KEY=VALUE, is 3."),
+]
+
+
+@pytest.mark.parametrize(("word", "said"), TYPES)
+def test_a_value_of_another_type_is_one_line(word: str, said: str, cli: Callable[..., tuple[int, str, str]]) -> None:
+    assert cli("train", "+algo=sft", word) == (2, "", f"error: {said}\n")
+
+
+def test_every_key_of_the_schema_has_its_type_in_words() -> None:
+    def keys(prefix: str = "") -> list[str]:
+        found = []
+        for name in schema_keys(prefix) or []:
+            key = f"{prefix}.{name}" if prefix else name
+            found += [key, *keys(key)]
+        return found
+
+    assert type_of("run.nothing") is None and type_of("nothing.at.all") is None
+    assert all(type_of(key) for key in keys()) and len(keys()) > 60
+    assert type_of("run.budget") == "a number or null" and type_of("name") == "a text"
+
+
+def test_a_value_of_another_type_in_a_file_or_a_step_or_a_sweep(
+    tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    (tmp_path / "conf" / "preset").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - sft_rnnlg\nrun:\n  processes: two\n"
+    (tmp_path / "conf" / "preset" / "odd.yaml").write_text(text)
+    for words, said in (
+        (["--config-dir", "conf", "+preset=odd"], "run.processes: must be an integer, is 'two' (In 'preset/odd')."),
+        (
+            ["+preset=sft_then_esrl", 'more.sft="run.threads=x"'],
+            "steps.sft: run.threads: must be an integer or null, is 'x'.",
+        ),
+        (["-m", "+algo=sft", "seed=1,abc"], "seed: must be an integer, is 'abc'."),
+    ):
+        code, _, err = cli("train", *words)
+        assert code == 2 and err.endswith(f"error: {said}\n")
 
 
 @pytest.mark.parametrize(

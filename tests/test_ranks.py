@@ -99,10 +99,10 @@ def children(parent: int) -> list[int]:
     return sorted(found)
 
 
-def started(root: Path, *words: str) -> subprocess.Popen[str]:
+def started(root: Path, *words: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "alignkit", "train", *words, f"run.root={root}"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env},
     )  # fmt: skip
 
 
@@ -143,6 +143,9 @@ def test_a_killed_process_ends_all_and_the_command_goes_on_with_any_number(tmp_p
     assert apart(whole, weights) < 1e-5
     assert [x["step"] for x in log] == [x["step"] for x in their_log]
     assert result["resumes"] == 2
+    record = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    assert (record["processes"], record["shard"]) == (4, shard == "run.shard=true")
+    assert record["earlier_processes"] == [1, 2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -168,6 +171,105 @@ def test_started_by_torchrun(runs: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert apart(found_in(runs / "1", words)[0], found_in(tmp_path, words)[0]) < 1e-5
     assert done.stdout.count("files: ") == 1  # the first one alone speaks
+    folder = Path(found_in(tmp_path, words)[2]["directory"])
+    record = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    assert (record["processes"], record["shard"]) == (2, False)  # of which config.yaml knows nothing
+
+
+def by_torchrun(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "alignkit", "train", *words],
+        capture_output=True, text=True, timeout=300, cwd=cwd, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["+preset=sft_then_esrl"], "run.processes=N starts N processes of this machine for each step that they can share (sft,"),
+        (["+algo=ndr"], "stage study runs in one process. Start it without torchrun or accelerate."),
+        (["+algo=sft", "seed=abc"], "seed: must be an integer, is 'abc'."),
+        (["+algo=sft", "run.processes=0"], "run.processes: must be at least 1."),
+    ],
+    ids=["pipeline", "study", "type", "check"],
+)  # fmt: skip
+def test_what_each_would_refuse_the_first_refuses(words: list[str], said: str, tmp_path: Path) -> None:
+    done = by_torchrun(*words, cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_shown_once_and_a_run_begins_anew_under_torchrun(tmp_path: Path) -> None:
+    """What ``launch`` does of ``data.show`` and ``run.overwrite``: rows and nothing else; a run's requests are forgotten with it."""
+    from alignkit.feedback import FILE, Account
+
+    words = [*METHODS["reinforce"], "evaluate.every=0", "evaluate.test=false", "algo.steps=1"]
+    shown = by_torchrun(*words, "data.show=2", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("row 0 ") == shown.stdout.count("row 1 ") == 1 and "files: " not in shown.stdout
+    assert not list(tmp_path.glob("runs/*"))
+    folder = tmp_path / "runs" / Path(composed(words).run.dir).name
+    assert by_torchrun(*words, cwd=tmp_path).returncode == 0
+    (folder / "left").touch()
+    with Account(tmp_path / "runs" / FILE, str(folder.resolve())) as account, account._transaction() as db:
+        db.execute("INSERT INTO failures (run, key) VALUES (?, 'x')", (str(folder.resolve()),))
+    anew = by_torchrun(*words, "run.overwrite=true", cwd=tmp_path)
+    assert anew.returncode == 0, anew.stderr
+    assert not (folder / "left").exists()
+    with Account(tmp_path / "runs" / FILE, str(folder.resolve())) as account, account._transaction() as db:
+        assert db.execute("SELECT count(*) FROM failures").fetchone()[0] == 0
+
+
+def test_stopped_before_anything_is_saved(tmp_path: Path) -> None:
+    """Ctrl-C in the first steps of a run that saves at its end alone, and while the processes only start; scratch folders too go."""
+    (tmp_path / "scratch").mkdir()
+    words = [
+        *METHODS["esrl"],
+        "run.processes=2",
+        "algo.steps=500",
+        "evaluate.every=0",
+        "evaluate.test=false",
+        "run.save_every=500",
+    ]
+    process = started(tmp_path / "runs", *words, TMPDIR=str(tmp_path / "scratch"))
+    until(lambda: len(children(process.pid)) == 2, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Repeat the command: nothing is saved yet, so it starts from the beginning." in said
+    assert "last checkpoint" not in said
+    assert not list((tmp_path / "runs").glob("*")) and not list((tmp_path / "scratch").glob("*"))
+
+
+def test_a_killed_process_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
+    """SIGKILL to one before the first checkpoint; then to the one that has started them, whose folder the others take along."""
+    words = [
+        *METHODS["esrl"],
+        "run.processes=2",
+        "algo.steps=500",
+        "evaluate.every=0",
+        "evaluate.test=false",
+        "run.save_every=500",
+    ]
+    folder = tmp_path / "runs" / Path(composed(words).run.dir).name
+    for whom in ("one of them", "the starter"):
+        scratch = tmp_path / whom
+        scratch.mkdir()
+        process = started(tmp_path / "runs", *words, "run.overwrite=true", TMPDIR=str(scratch))
+        until(lambda: (folder / "metrics.jsonl").exists() and len(lines(folder / "metrics.jsonl")) > 1, process)
+        assert list(scratch.rglob("metrics.jsonl"))  # the second process's
+        both = children(process.pid)
+        os.kill(both[1] if whom == "one of them" else process.pid, signal.SIGKILL)
+        _, said = process.communicate(timeout=60)
+        if whom == "one of them":
+            assert process.returncode == 2
+            assert "was killed (SIGKILL)" in said and "without run.overwrite=true: nothing is saved yet" in said
+        end = time.monotonic() + 30
+        while list(scratch.glob("*")) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not list(scratch.glob("*"))
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
@@ -220,6 +322,7 @@ def test_each_process_holds_a_part_of_the_layers_and_saves_all(tmp_path: Path) -
     assert sum(one["own"] - shared for one in found) == whole - shared
     assert all(one["own"] - shared <= 0.4 * (whole - shared) for one in found)
     for one in found:
+        assert one["of"] == whole  # what a checkpoint has room for
         assert one["same"] and one["whole_again"] and one["apart_again"] == one["own"]
 
 

@@ -446,7 +446,10 @@ def test_an_empty_log_and_a_start_that_failed(copies: Runs, tmp_path: Path) -> N
     shutil.copy(copies["grpo", 0] / "config.yaml", tmp_path / "runs" / "begun" / "config.yaml")
     (copies["grpo", 0] / "metrics.jsonl").write_text("")
     report = reported(root(copies))
-    assert any("failed was begun, but has no record" in w for w in report.warnings)
+    assert any(
+        "failed was begun, but has no record: it failed, or was ended, before its first step." in w
+        for w in report.warnings
+    )
     assert render(report, "x")
 
 
@@ -744,3 +747,51 @@ def test_a_run_is_read_as_it_is(runs: Runs) -> None:
     assert (run.name, run.stage, run.seed, run.finished, run.steps, run.problems) == ("grpo", "rl", 1, True, 6, [])
     assert "seed" not in run.settings and not any(k.startswith("run.") for k in run.settings)
     assert Configuration("x", [run]).values("bleu") == {1: score_of(runs["grpo", 1], "bleu")}
+
+
+# ---- several processes ---------------------------------------------------------------------------------------------------
+
+
+def in_processes(run: Path, **record: Any) -> None:
+    file = run / "environment.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | record), encoding="utf-8")
+
+
+def test_costs_of_other_numbers_of_processes_are_marked(copies: Runs, cli: Cli) -> None:
+    a, b = METHODS[:2]
+    said = "Seconds are of the clock, however many processes shared the work"
+    assert "in processes" not in table(reported(root(copies)), "Totals of a run").head
+    assert said not in cli("compare", str(copies[a, 0]), str(copies[b, 0]))[1]
+    in_processes(copies[b, 0], processes=4, shard=True, earlier_processes=[1])
+    report = reported(root(copies))
+    totals = table(report, "Totals of a run")
+    label = next(c.label for c in report.configurations for run in c.runs if run.folder.name == copies[b, 0].name)
+    other = next(c.label for c in report.configurations for run in c.runs if run.folder.name == copies[a, 0].name)
+    assert cell(totals, label, "in processes") == "1 and 4" and cell(totals, other, "in processes") == "1"
+    assert any(said in note for note in totals.notes)
+    assert "The runs were made with different numbers of processes: 1, 4." in report.warnings
+    out = cli("compare", str(copies[a, 0]), str(copies[b, 0]))[1]
+    assert re.search(r"in processes +1 +1 and 4 ", out) and said in " ".join(out.split())
+    assert re.search(r"(?m)^ processes +1 +4 ", cli("diff", str(copies[a, 0]), str(copies[b, 0]))[1])
+
+
+def test_runs_of_before_do_not_say_how_many_processes(copies: Runs) -> None:
+    for run in copies.values():
+        file = run / "environment.json"
+        record = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("processes", "shard")}
+        file.write_text(json.dumps(record), encoding="utf-8")
+    in_processes(next(iter(copies.values())), processes=2, shard=False)
+    report = reported(root(copies))
+    assert "in processes" not in table(report, "Totals of a run").head
+    assert not [w for w in report.warnings if "numbers of processes" in w]
+
+
+def test_an_unfinished_run_goes_on_only_from_what_it_has_saved(copies: Runs) -> None:
+    run = next(iter(copies.values()))
+    (run / "result.json").unlink()
+    assert any(
+        "Nothing of it is saved: its command starts from the beginning." in w for w in reported(str(run)).warnings
+    )
+    (run / "checkpoint-2" / "state").mkdir(parents=True)
+    (run / "checkpoint-2" / "state" / "run.json").write_text("{}")
+    assert any("Repeat its command to go on." in w for w in reported(str(run)).warnings)

@@ -64,6 +64,13 @@ class Record:
         return bool(self.result)
 
     @property
+    def saved(self) -> bool:
+        """Whether there is something from which its command goes on."""
+        return (
+            any(self.folder.glob("checkpoint-*[0-9]/state/run.json")) or (self.folder / "parts" / "run.json").is_file()
+        )
+
+    @property
     def steps(self) -> int:
         """Finished steps, as far as the log goes."""
         steps = self.result.get("steps")
@@ -98,6 +105,13 @@ class Record:
         split = self.tested()[0]
         digest = _at(self.data, "sha256", f"data.{split}")
         return (split, str(digest), str(_at(self.config, "evaluate", "rows"))) if digest else None
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """Numbers of processes that have shared its steps, the last start's first; empty where it does not say."""
+        now, earlier = self.environment.get("processes"), self.environment.get("earlier_processes")
+        counts = [now, *(earlier if isinstance(earlier, list) else [])]
+        return tuple(n for n in counts if isinstance(n, int) and not isinstance(n, bool))
 
     def total(self, line: Json, kind: str) -> float | None:
         """A running sum at a line of the log: ``seconds`` of all phases but ``evaluate``, ``samples``, or ``tokens/…``."""
@@ -200,7 +214,7 @@ def _runs_in(folder: Path, depth: int, warnings: list[str]) -> Iterator[Record]:
                 yield read(folder / step, run, step)
         return
     if (folder / ".hydra").is_dir():
-        warnings.append(f"{folder} was begun, but has no record: its start failed.")
+        warnings.append(f"{folder} was begun, but has no record: it failed, or was ended, before its first step.")
         return
     try:
         inside = sorted(folder.iterdir(), key=_by_number) if depth else []

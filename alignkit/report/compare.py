@@ -9,7 +9,19 @@ from typing import Any
 from alignkit import metrics
 from alignkit.errors import UserError
 from alignkit.report.collect import Configuration, Json, Record, _at, _flat, _is_number, differing
-from alignkit.report.content import DECODING, Cell, Table, _gap, estimated, label, metrics_of, same_rows, settings
+from alignkit.report.content import (
+    CLOCK,
+    DECODING,
+    Cell,
+    Table,
+    _gap,
+    estimated,
+    in_processes,
+    label,
+    metrics_of,
+    same_rows,
+    settings,
+)
 from alignkit.report.stats import difference, over_rows
 
 RESAMPLES = 1000
@@ -117,7 +129,11 @@ def _ledgers(a: Configuration, b: Configuration) -> Table:
             for x in (mine, other)
         ]
         rows.append([Cell(key), *cells, Cell(f"{other / mine:.2f}" if mine and other is not None else "–")])
-    return Table("What a run cost", ["", a.label, b.label, "ratio"], rows, ["Means over seeds; of memory the highest."])
+    notes, differ = ["Means over seeds; of memory the highest."], in_processes([a, b])
+    if differ and rows:
+        rows.insert(0, [Cell("in processes"), Cell(differ[a.label]), Cell(differ[b.label]), Cell("–")])
+        notes.append(CLOCK)
+    return Table("What a run cost", ["", a.label, b.label, "ratio"], rows, notes)
 
 
 def _spent(c: Configuration) -> dict[str, float]:

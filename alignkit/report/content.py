@@ -25,6 +25,7 @@ BUDGETS = {
     "tokens/trained": "tokens trained",
     "samples": "samples",
 }
+CLOCK = "Seconds are of the clock, however many processes shared the work, and memory is the first one's: not the same cost."
 DECODING = tuple(
     f"evaluate.{k}" for k in ("decode", "beams", "temperature", "max_new_tokens", "protocol", "rounds", "samples")
 )
@@ -350,8 +351,10 @@ def ledger(configurations: list[Configuration]) -> list[Table]:
         tokens = [t for run in c.finished if isinstance(t := run.result.get("tokens"), dict)]
         sums.append((c, whole, {k: _mean([t.get(k) for t in tokens]) for k in _union(tokens)}))
     kinds = list(dict.fromkeys(k for *_, t in sums for k in t))
+    differ = in_processes([c for c, *_ in sums])
     totals = [
         [Cell(c.label), Cell(_counted(c)), Cell(f"{_mean([r.steps for r in c.finished]):,.0f}"), Cell(f"{whole:,.1f}"),
+         *([Cell(differ[c.label])] if differ else []),
          Cell(_amount(_mean([r.result.get("samples") for r in c.finished]))), *(Cell(_amount(t.get(k))) for k in kinds)]
         for c, whole, t in sums
     ]  # fmt: skip
@@ -364,10 +367,27 @@ def ledger(configurations: list[Configuration]) -> list[Table]:
         ),
         Table(
             "Totals of a run",
-            ["configuration", "seeds", "steps", "seconds", "samples", *(f"tokens {k}" for k in kinds)],
+            [
+                "configuration",
+                "seeds",
+                "steps",
+                "seconds",
+                *(["in processes"] if differ else []),
+                "samples",
+                *(f"tokens {k}" for k in kinds),
+            ],
             totals,
+            [CLOCK] if differ else [],
         ),
     ]
+
+
+def in_processes(configurations: list[Configuration]) -> dict[str, str]:
+    """Configuration → how many processes shared its runs, in words; empty where all that is known was in as many."""
+    counts = {c.label: sorted({n for run in c.finished for n in run.processes}) for c in configurations}
+    if len({n for each in counts.values() for n in each}) < 2:
+        return {}
+    return {name: " and ".join(map(str, each)) or "not known" for name, each in counts.items()}
 
 
 def settings(configurations: list[Configuration]) -> Table | None:
@@ -577,9 +597,12 @@ def _of_run(run: Record) -> list[str]:
     if not run.finished:
         planned = _at(run.config, "algo.steps")
         of = f" of {planned}" if isinstance(planned, int) and planned >= run.steps else ""
-        found.append(
-            f"unfinished, {run.steps}{of} steps are logged; left out of all means. Repeat its command to go on."
+        again = (
+            "Repeat its command to go on."
+            if run.saved
+            else "Nothing of it is saved: its command starts from the beginning."
         )
+        found.append(f"unfinished, {run.steps}{of} steps are logged; left out of all means. {again}")
     overlap = run.data.get("overlap")
     for split, n in overlap.items() if isinstance(overlap, dict) else ():
         if n:
@@ -625,8 +648,13 @@ def _of_stages(stages: list[Stage]) -> list[str]:
         ("packages.torch", "versions of torch"),
         ("packages.transformers", "versions of transformers"),
         ("gpus", "GPUs"),
+        ("processes", "numbers of processes"),
+        ("shard", "values of run.shard"),
     ):
-        values = {json.dumps(_at(run.environment, key)) for run in runs}
+        said = [_at(run.environment, key) for run in runs]
+        values = {
+            json.dumps(x) for x in said if x is not None or key not in ("processes", "shard")
+        }  # older runs lack them
         if len(values) > 1:
             found.append(
                 f"The runs were made with different {name}: {', '.join(sorted(v.strip(chr(34))[:24] for v in values))}."

@@ -9,12 +9,13 @@ import signal
 import string
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from alignkit.config import check, signature, whole
+from alignkit.config import SHARDED, check, conf_dir, signature, whole
 from alignkit.errors import Stopped, UserError, suggest
 from alignkit.files import write_atomically
 from alignkit.labels import LABELS
@@ -34,7 +35,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     done: dict[str, str] = {}
     results: dict[str, Any] = {}
     commands = steps(cfg)
-    _check(commands)
+    accept(commands, cfg.run.shard)
     for name, words in commands.items():
         print(f"== {name}: alignkit train {' '.join(words)}", flush=True)
         code, asked = _run_to_its_end([sys.executable, "-m", "alignkit", "train", *words])
@@ -76,7 +77,7 @@ def steps(cfg: DictConfig) -> dict[str, list[str]]:
             f"run.wandb={run.wandb}",
             f"run.root={run.root}",
             f"run.concurrency={run.concurrency}",
-            *([f"run.processes={run.processes}", f"run.shard={str(run.shard).lower()}"] if run.processes > 1 else []),
+            *([f"run.processes={run.processes}"] if run.processes > 1 else []),
             f"run.budget={'null' if run.budget is None else run.budget}",
             *(_fill(w, known, name) for w in _flat(words)),
         ]
@@ -89,25 +90,36 @@ def _flat(words: list[Any]) -> list[str]:
     return [one for word in words for one in (_flat(word) if isinstance(word, list) else [word])]
 
 
-def _check(commands: dict[str, list[str]]) -> None:
-    """Compose every step and compare it with what its classes accept, before the first is run.
+def accept(commands: dict[str, list[str]], shard: bool) -> dict[str, DictConfig]:
+    """Compose every step and compare it with what its classes accept, before the first is run; step → what it composes.
+
+    Args:
+        shard: the pipeline's ``run.shard``, which a step gets as a word if several processes can share its layers.
 
     Raises:
         UserError: one that cannot be run; names the step.
     """
-    from hydra import compose
+    from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    from alignkit.cli import hydra_words
+    from alignkit.cli import hydra_words, uncomposed
 
-    for name, words in commands.items() if GlobalHydra.instance().is_initialized() else ():
-        try:
-            check(compose("config", hydra_words(words)))
-        except UserError as e:
-            raise UserError(f"steps.{name}: {e}") from None
-        except HydraException as e:
-            raise UserError(f"steps.{name}: {str(e).splitlines()[0]}") from None
+    here = GlobalHydra.instance().is_initialized()
+    found = {}
+    with nullcontext() if here else initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for name, words in commands.items():
+            try:
+                found[name] = compose("config", hydra_words(words))
+                if shard and found[name].stage in (*SHARDED, "pipeline") and found[name].run.processes > 1:
+                    words.insert(0, "run.shard=true")  # before its own, which may say otherwise
+                    found[name] = compose("config", hydra_words(words))
+                check(found[name])
+            except UserError as e:
+                raise UserError(f"steps.{name}: {e}") from None
+            except HydraException as e:
+                raise UserError(f"steps.{name}: {uncomposed(e, words)}") from None
+    return found
 
 
 def report(results: dict[str, dict[str, Any]]) -> str:
