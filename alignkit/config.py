@@ -36,6 +36,7 @@ NEEDS = {  # what a stage cannot do without
 }
 SHARED = ("sft", "pref", "rm", "rl", "distill", "evaluate")  # stages whose passes several processes share
 SHARDED = tuple(stage for stage in SHARED if stage != "evaluate")  # of which each process may hold a part of the layers
+STEPS = (*SHARDED, "select")  # stages that step by ``Run.update``
 
 TEXTS = ("bleu", "chrf", "exact_match", "length_ratio", "reward")
 SELECTS = {  # what can pick the best checkpoint of a stage that trains
@@ -394,6 +395,8 @@ def check(cfg: DictConfig) -> None:
         wrong.append(
             "run.shard: one process has all layers. Start several with run.processes=N, torchrun or accelerate launch."
         )
+    if cfg.run.offload and stage in NEEDS and stage not in (*STEPS, "pipeline"):
+        wrong.append(f"run.offload: has no effect in stage {stage}, which has no AdamW of alignkit's. Leave it out.")
     if not str(cfg.run.dir).strip():
         wrong.append("run.dir: must not be empty.")
     if not cfg.model.lora.r and (cfg.model.lora.alpha != Lora.alpha or cfg.model.lora.target_modules is not None):

@@ -253,7 +253,7 @@ def _pipeline(cfg: DictConfig, found: Found) -> None:
     from alignkit.stages import pipeline
 
     commands = pipeline.steps(cfg)
-    for name, step in pipeline.accept(commands, cfg.run.shard).items():
+    for name, step in pipeline.accept(commands, cfg.run).items():
         own = [w for w in commands[name] if not w.startswith(("run.", "seed="))]
         count, part = shared(step)
         among = f", in {count} processes{', each with a part of the layers' if part else ''}" if count > 1 else ""
@@ -296,6 +296,9 @@ def _single(cfg: DictConfig, found: Found) -> None:
             phases = needs(cfg, algo, reader, [*more, *learned], lengths)
             sides = len(data.sides) if prepared and "chosen" in prepared[0] and cfg.stage in ("pref", "rm") else 1
             _say_memory(phases, found)
+            if cfg.run.offload:
+                found.say("run.offload", f"besides, about {_size(offloaded(cfg, reader, [*more, *learned]))} of the processor's memory"
+                          f"{', of each process' if shared(cfg)[0] > 1 else ''}: AdamW's copy of the weights, their gradients and moments.")  # fmt: skip
             work = work_of(cfg, algo, reader, [*more, *learned], lengths, len(prepared), sides)
             _say_gpus(phases, work, shared(cfg), found)
         _say_disk(cfg, reader, more, found)
@@ -669,7 +672,7 @@ def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Le
     vocabulary = int(getattr(reader.model.config, "vocab_size", 0) or 0)
     layers, size = reader.depth * (2 if reader.kind == "seq2seq" else 1), reader.width
     phases: Phases = {}
-    learned = [("moments", moments)] if moments else []
+    learned = [("moments", moments)] if moments and not cfg.run.offload else []
     held = [
         ("weights", weights),
         *(
@@ -695,7 +698,7 @@ def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Le
         elif cfg.stage == "refine":
             at_once = algo.rows_per_part * samples_of(algo)[0]
         else:
-            at_once = -(-cfg.evaluate.batch_size // (1 if cfg.evaluate.decode == "beam" else count))
+            at_once = -(-cfg.evaluate.batch_size // count)
         cache = at_once * (lengths.longest_prompt + new) * _cached(reader) * computing
         name = "sample" if cfg.stage in ("rl", "refine") else "evaluate"
         phases[name] = [*held, (f"cache of {at_once} responses at full length", cache)]
@@ -713,21 +716,30 @@ def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Le
             cfg.stage in ("distill", "select") and not hasattr(reader, "labels")
         )
         logits = 2 * tokens * vocabulary * computing if writes else 0
+        if cast and cfg.model.gradient_checkpointing:  # a layer that is computed anew is cast for its own pass alone
+            mine = _layers(reader.model)
+            cast = 2.0 * (all_of_it - mine.parameters + mine.largest)
+            held = [*held[:-1], ("bfloat16 copy", cast)]
         if layered:  # together for their own passes alone; what autograd keeps of a layer's cast it keeps until its backward pass
-            mine = own.layers or Layers(0, 0, 0)
             one_layer = max(one.layers.largest for one in layered if one.layers)
-            kept = all_of_it - (mine.parameters - mine.largest if cfg.model.gradient_checkpointing else 0)
             held = [
                 ("its part of the weights", sum(one.part(count) if one in layered else one.weights for one in models)),
                 ("two layers together and the gradient of one", 3.0 * one_layer * width),
                 *learned,
-                *([("bfloat16 copy", 2.0 * kept)] if cast else []),
+                *([("bfloat16 copy", cast)] if cast else []),
             ]
         phases["update"] = [
             *held, ("gradients", gradients), (f"activations of {tokens:,} tokens", activations),
             *([("their logits and the gradient of these", logits)] if logits else []),
         ]  # fmt: skip
     return phases
+
+
+def offloaded(cfg: DictConfig, reader: Any, more: list[Held]) -> float:
+    """Bytes of the processor's memory that ``run.offload`` takes: of each trained weight a copy, its gradient and two moments."""
+    count, part = shared(cfg)
+    own = Held("model", *_own(reader, cfg), BYTES[cfg.model.dtype], _layers(reader.model) if part else None)
+    return sum(4 * one.trained_part(count if part else 1) for one in (own, *more))
 
 
 def _say_memory(phases: Phases, found: Found) -> None:

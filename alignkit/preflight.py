@@ -345,7 +345,11 @@ def _try(
     try:
         with _random_numbers_kept():
             # empty: reserved on a GPU, and not even touched on a processor
-            room = [torch.empty_like(p) for p in weights for _ in range(2)] if not optimizer.state else []
+            room = (
+                [torch.empty_like(p) for p in weights for _ in range(2)]
+                if not (optimizer.state or run.cfg.run.offload)
+                else []
+            )
             part = longest()
             shape = shape_of(part)
             loss(part).backward()

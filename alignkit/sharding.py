@@ -114,7 +114,7 @@ class Shards:
         """Which rows (entries of the first dimension) of a weight what ``own`` has given holds: all of one that is no layer's."""
         if not self.is_part(p):
             return slice(0, len(p) if p.dim() else 1)
-        count = self._own[id(p)][0].shape[0]
+        count = self.whole_of(p).shape[0]
         each = -(-count // ranks.size())
         return slice(min(count, each * ranks.rank()), min(count, each * (ranks.rank() + 1)))
 

@@ -21,6 +21,7 @@ from alignkit.config import SHARDED, SHARED, Model, check
 from alignkit.dry_run import Held, Layers, Lengths, _clock, _layers, _size, needs, steps_of, work_of
 from alignkit.loading import device_of
 from alignkit.policy import load
+from alignkit.stages import pipeline
 
 ROOT = Path(__file__).parent.parent
 Cli = Callable[..., tuple[int, str, str]]
@@ -420,6 +421,10 @@ def test_what_one_of_several_processes_holds_and_does(cli: Cli, tmp_path: Path) 
         ("sample", "weights", n), ("sample", "its part of the layers", layers / 2), ("sample", "moments", 2 * own),
     ):  # fmt: skip
         assert bytes_of(parted, phase, what) == pytest.approx(wanted, abs=3e3), (phase, what)
+    there = cli("train", *rl, "run.processes=2", "run.shard=true", "run.offload=true", "--dry-run")[1]
+    assert "moments" not in line(there, "update needs") and "moments" not in line(there, "sample needs")
+    found = re.search(r"about ([\d.]+) kB of the processor's memory, of each process", line(there, "run.offload"))
+    assert found and float(found[1]) * 1e3 == pytest.approx(4 * own, abs=4e3)
     many = cli("train", *rl, "run.processes=8", "--dry-run")[1]
     assert "warning: algo.prompts_per_step=4 is less than 8" in many
     clean(tmp_path)
@@ -495,6 +500,43 @@ def test_the_steps_of_a_pipeline_that_are_shared_out(cli: Cli, tmp_path: Path) -
         assert rest == wanted
     assert {text.partition(",")[0] in SHARDED for text in said.values()} == {True, False}
     clean(tmp_path)
+
+
+def test_the_steps_of_a_pipeline_that_have_an_adamw() -> None:
+    """``run.offload`` goes to the steps that train, before their own words."""
+    cfg = composed(["+preset=srt_tiny", "run.offload=true"])
+    commands = pipeline.steps(cfg)
+    stages = {name: step.stage for name, step in pipeline.accept(commands, cfg.run).items()}
+    assert {name: words[0] == "run.offload=true" for name, words in commands.items()} == {
+        name: stage in ("sft", "pref", "rm", "rl", "distill", "select") for name, stage in stages.items()
+    }
+    assert set(stages.values()) >= {"sft", "refine"}
+
+
+def test_a_layer_that_is_computed_anew_is_cast_alone(cli: Cli) -> None:
+    """Two bytes a weight of the whole model, or, with gradient checkpointing, of one layer of three and what is no layer."""
+    words = [
+        "+algo=sft",
+        *SMALL_CAUSAL,
+        *SMALL_RUN,
+        "data=arithmetic",
+        "model.compute=bfloat16",
+        "model.config.num_hidden_layers=3",
+    ]
+    whole, anew = (
+        cli("train", *words, f"model.gradient_checkpointing={on}", "--dry-run")[1] for on in ("false", "true")
+    )
+    model: Any = composed(words).model
+    reader = load(Model(config=dict(model.config), vocab_size=300, device="cpu"), 0, ["a b c d e"] * 50).model
+    n, layer = sum(p.numel() for p in reader.parameters()), sum(p.numel() for p in reader.model.layers[0].parameters())
+
+    def kilobytes(out: str) -> float:
+        found = re.search(r"bfloat16 copy ([\d.]+) kB", line(out, "update needs"))
+        assert found
+        return float(found[1])
+
+    assert kilobytes(whole) * 1e3 - kilobytes(anew) * 1e3 == pytest.approx(2 * 2 * layer, abs=1e3)
+    assert kilobytes(whole) == pytest.approx(2 * n / 1e3, abs=20)  # vocabularies differ a little
 
 
 def test_started_by_torchrun_the_first_tells(tmp_path: Path) -> None:

@@ -102,6 +102,24 @@ def test_layers_are_parted_where_several_processes_share_a_training(words: list[
             check(cfg)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["+algo=trl_sft"], "run.offload: has no effect in stage trl"),
+        (["+algo=evaluate", "model.path=bundled:nlg", "data=rnnlg"], "run.offload: has no effect in stage evaluate"),
+        (["+algo=sft"], None),
+        (["+preset=sft_then_esrl"], None),
+    ],
+)
+def test_adamw_is_offloaded_where_there_is_one(words: list[str], said: str | None) -> None:
+    cfg = composed([*words, "run.offload=true"])
+    if said is None:
+        check(cfg)
+    else:
+        with pytest.raises(UserError, match=said):
+            check(cfg)
+
+
 TYPES = [
     ("run.processes=two", "run.processes: must be an integer, is 'two'."),
     ("run.processes=1.5", "run.processes: must be an integer, is 1.5."),

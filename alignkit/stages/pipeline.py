@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from alignkit.config import SHARDED, check, conf_dir, signature, whole
+from alignkit.config import SHARDED, STEPS, check, conf_dir, signature, whole
 from alignkit.errors import Stopped, UserError, suggest
 from alignkit.files import write_atomically
 from alignkit.labels import LABELS
@@ -35,7 +35,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     done: dict[str, str] = {}
     results: dict[str, Any] = {}
     commands = steps(cfg)
-    accept(commands, cfg.run.shard)
+    accept(commands, cfg.run)
     for name, words in commands.items():
         print(f"== {name}: alignkit train {' '.join(words)}", flush=True)
         code, asked = _run_to_its_end([sys.executable, "-m", "alignkit", "train", *words])
@@ -90,11 +90,11 @@ def _flat(words: list[Any]) -> list[str]:
     return [one for word in words for one in (_flat(word) if isinstance(word, list) else [word])]
 
 
-def accept(commands: dict[str, list[str]], shard: bool) -> dict[str, DictConfig]:
+def accept(commands: dict[str, list[str]], run: Any) -> dict[str, DictConfig]:
     """Compose every step and compare it with what its classes accept, before the first is run; step → what it composes.
 
     Args:
-        shard: the pipeline's ``run.shard``, which a step gets as a word if several processes can share its layers.
+        run: the pipeline's; a step gets ``run.shard`` and ``run.offload`` as words where they have an effect.
 
     Raises:
         UserError: one that cannot be run; names the step.
@@ -111,8 +111,11 @@ def accept(commands: dict[str, list[str]], shard: bool) -> dict[str, DictConfig]
         for name, words in commands.items():
             try:
                 found[name] = compose("config", hydra_words(words))
-                if shard and found[name].stage in (*SHARDED, "pipeline") and found[name].run.processes > 1:
-                    words.insert(0, "run.shard=true")  # before its own, which may say otherwise
+                stage, several = found[name].stage, found[name].run.processes > 1
+                shard = run.shard and several and stage in (*SHARDED, "pipeline")
+                offload = run.offload and stage in (*STEPS, "pipeline")
+                if shard or offload:  # before its own, which may say otherwise
+                    words[:0] = ["run.shard=true"] * shard + ["run.offload=true"] * offload
                     found[name] = compose("config", hydra_words(words))
                 check(found[name])
             except UserError as e:
