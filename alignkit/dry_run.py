@@ -720,6 +720,8 @@ def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Le
             mine = _layers(reader.model)
             cast = 2.0 * (all_of_it - mine.parameters + mine.largest)
             held = [*held[:-1], ("bfloat16 copy", cast)]
+        if layered and not {"sample", "evaluate"} & phases.keys():  # these have all layers, as saving has
+            phases["save"] = [(what, amount) for what, amount in held if what != "bfloat16 copy"]
         if layered:  # together for their own passes alone; what autograd keeps of a layer's cast it keeps until its backward pass
             one_layer = max(one.layers.largest for one in layered if one.layers)
             held = [

@@ -44,6 +44,7 @@ SRT = {  # step → rows, and tokens: mean prompt, mean response, longest prompt
     "self": (75_000, Lengths(150, 300, 1024, 2048)), "dpo": (63_000, Lengths(150, 350, 1024, 3072)),
 }  # fmt: skip
 LORA = ["model.lora.r=16", "model.dtype=bfloat16", "model.compute=same"]  # ours, not the papers'
+EIGHT = ["run.processes=8", "run.shard=true", "run.offload=true", "model.gradient_checkpointing=true"]  # ours, too
 CASES: list[tuple[Any, ...]] = [  # preset, step of a pipeline, shape, rows, tokens, further words
     ("esrl_iwslt", "sft", "Transformer", 206_000, Lengths(30, 30, 128, 256)),
     ("esrl_iwslt", "esrl", "Transformer", 206_000, Lengths(30, 30, 128, 256)),
@@ -52,13 +53,17 @@ CASES: list[tuple[Any, ...]] = [  # preset, step of a pipeline, shape, rows, tok
     ("esrl_ppo_llama", "", "7B", 0, Lengths(300, 256, 768, 1024)),
     ("pcrm_alpaca_len", "", "7B", 9_700, Lengths(100, 100, 384, 512)),
     ("pcrm_alpaca_len", "", "7B", 9_700, Lengths(100, 100, 384, 512), *LORA),
+    ("pcrm_alpaca_len", "", "7B", 9_700, Lengths(100, 100, 384, 512), *EIGHT),
     ("pcrm_tldr_len", "", "7B", 93_000, Lengths(400, 40, 900, 1024)),
     ("pcrm_dpo_len", "", "7B", 9_700, Lengths(100, 100, 384, 512)),
+    ("pcrm_dpo_len", "", "7B", 9_700, Lengths(100, 100, 384, 512), *EIGHT),
     ("pcrm_ppo_alpaca", "", "7B", 0, Lengths(100, 384, 256, 640)),
     ("pcrm_ppo_alpaca", "", "7B", 0, Lengths(100, 384, 256, 640), *LORA, "reward.dtype=bfloat16"),
+    ("pcrm_ppo_alpaca", "", "7B", 0, Lengths(100, 384, 256, 640), *EIGHT),
     ("pcrm_ppo_tldr", "", "7B", 0, Lengths(400, 256, 768, 1024)),
     *((f"srt_tulu2_{size.lower()}", step, "7B" if step == "collect" else size, *SRT[step]) for size in ("7B", "13B", "70B")
       for step in SRT if size == "7B" or step != "collect"),
+    *((f"srt_tulu2_{size.lower()}", step, size, *SRT[step], *EIGHT) for size in ("7B", "13B") for step in ("sft", "dpo")),
 ]  # fmt: skip
 
 
@@ -109,7 +114,11 @@ def table() -> str:
             hours = dry_run._clock(work.seconds(gpu))
             cells.append(hours if all(map(gpu.holds, phases.values())) else f"({hours})")
         tokens = f"{lengths.prompt:.0f} + {lengths.response:.0f} ({lengths.longest})"
-        name = f"`{preset}`" + (f", {step}" if step else "") + (", LoRA" if words else "")
+        name = (
+            f"`{preset}`"
+            + (f", {step}" if step else "")
+            + (", LoRA" if LORA[0] in words else ", 8 GPUs" if words else "")
+        )
         lines.append(
             f"| {name} | {shape} | {f'{rows:,}' if rows else 'any'} | {tokens} | {need} | {' | '.join(cells)} |"
         )
