@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -85,7 +86,9 @@ def read(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if cfg.lora.r:
-        model = _with_lora(model, cfg.lora, checkpoint, seed, task(model.config))
+        with warnings.catch_warnings():  # peft asks for it by its older name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            model = _with_lora(model, cfg.lora, checkpoint, seed, task(model.config))
     return model.to(device).eval(), tokenizer, torch.bfloat16 if cfg.compute == "bfloat16" else dtype
 
 
