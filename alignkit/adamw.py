@@ -16,7 +16,8 @@ from alignkit.errors import UserError
 
 class Offloaded(torch.optim.AdamW):
     """AdamW in the processor's memory (ZeRO-Offload, arXiv 2101.06840): the moments lie there, and a copy of the weights that is
-    stepped on. Gradients go there, new weights come back; on the GPU only these two are left. The numbers are AdamW's."""
+    stepped on. Gradients go there, new weights come back; on the GPU only these two are left. The numbers are AdamW's. Whoever changes
+    the weights otherwise makes a new one."""
 
     def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
         super().__init__(groups, **settings)
@@ -35,11 +36,12 @@ class Offloaded(torch.optim.AdamW):
                 continue
             if copy.grad is None:
                 copy.grad = _there(p.grad)
-            copy.grad.copy_(p.grad, non_blocking=True)
+            else:
+                copy.grad.copy_(p.grad, non_blocking=p.is_cuda)
         _wait(pairs)
         self._there.step()
         for p, copy in pairs:
-            p.copy_(copy, non_blocking=True)
+            p.copy_(copy, non_blocking=p.is_cuda)
         _wait(pairs)  # the copies are stepped on again
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,8 +59,8 @@ def _there(x: Tensor) -> Tensor:
 
 
 def _wait(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    if any(p.is_cuda for p, _ in pairs):
-        torch.cuda.synchronize()
+    for device in {p.device for p, _ in pairs if p.is_cuda}:  # which need not be the current one
+        torch.cuda.synchronize(device)
 
 
 def state_of(optimizer: torch.optim.Optimizer, shards: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -86,7 +88,9 @@ def load(optimizer: torch.optim.Optimizer, shards: Any, folder: Path) -> None:
     Raises:
         UserError: they are of other weights, or not whole.
     """
-    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    state = torch.load(
+        folder / "optimizer.pt", map_location="cpu", weights_only=True
+    )  # a GPU may have no room for all of it
     files = [safe_open(file, "pt") for file in sorted(folder.glob("moments-*.safetensors"))]
     names = {key.partition(".")[2] for file in files for key in file.keys()}  # noqa: SIM118
     there = set(files[0].keys()) if files else set()

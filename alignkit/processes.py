@@ -58,6 +58,8 @@ def run(cfg: DictConfig, count: int) -> None:
         given = Path(folder) / "given.json"
         told = {"cfg": OmegaConf.to_yaml(cfg), "argv": sys.argv, "given": unread.given(cfg)}
         given.write_text(json.dumps(told), encoding="utf-8")
+        given.chmod(0o600)
+        os.chmod(folder, 0o711)  # a server of another user may be given a folder of weights in it
         command = [sys.executable, "-m", "alignkit.processes", str(given)]
         shared = {
             **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count),

@@ -165,7 +165,8 @@ def together(own: T) -> list[T]:
 
 
 def each(work: Callable[[], T]) -> list[T]:
-    """What every rank's share of the work gives, in their order. No rank waits for one that has failed.
+    """What every rank's share of the work gives, in their order. No rank waits for one that has failed; only where layers are apart,
+    and its pass is one of all ranks, it leaves at once, and they with it.
 
     Raises:
         UserError: one rank's; all ranks raise the same.
@@ -173,6 +174,10 @@ def each(work: Callable[[], T]) -> list[T]:
     """
     if size() == 1:
         return [work()]
+    if _in_step:  # the others are in the middle of a layer: a message beside theirs would meet none, or the wrong one
+        with alone():
+            own = work()
+        return together(own)
     wrong: Exception | None = None
     found: Any = None
     try:

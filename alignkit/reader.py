@@ -284,7 +284,7 @@ def compute_in(layer: Any, compute: torch.dtype) -> None:
         result: T = torch.func.functional_call(_Swapped(layer), cast, (lambda: function(*args, **kwargs),))
         return result
 
-    if next(layer.parameters()).dtype == compute:
+    if next(layer.parameters()).dtype == compute or getattr(layer, "casts", False):
         return
     layer.casts = True
     layer.forward = functools.wraps(layer.forward)(functools.partial(computed, layer.forward))

@@ -392,9 +392,10 @@ class Run:
         if self.shards:
             self.shards.whole()
         learned, own = adamw.state_of(optimizer, self.shards)
-        moments = self.home / f"moments-{step}.partial" if self.shards else None
-        if moments:
-            file = moments / adamw.own_name()
+        moments = []
+        if self.shards:
+            file = self.home / f"{target.name}.moments.partial" / adamw.own_name()
+            moments = ranks.together(file)
             ranks.each(lambda: self._save_own(own, file, target))
         ranks.each(
             lambda: self._save(target, step, policy, learned, moments, algo_state, tensors) if ranks.first() else None
@@ -411,7 +412,7 @@ class Run:
         step: int,
         policy: Any,
         learned: dict[str, Any],
-        moments: Path | None,
+        moments: list[Path],
         algo_state: dict[str, Any],
         tensors: dict[str, Any] | None,
     ) -> None:
@@ -420,10 +421,14 @@ class Run:
             policy.save(partial)
             (partial / "state").mkdir()
             torch.save(learned, partial / "state" / "optimizer.pt")
+            for file in moments:
+                if not file.exists():
+                    raise OSError(
+                        f"{file.name}, of another process, is not there: run.root must lie where all machines see it"
+                    )
+                file.rename(partial / "state" / file.name)
             if moments:
-                for file in moments.iterdir():
-                    file.rename(partial / "state" / file.name)
-                moments.rmdir()
+                moments[0].parent.rmdir()
             if policy.critic is not None:
                 save_model(policy.critic, str(partial / "state" / "critic.safetensors"))
             if policy.beside is not None:
@@ -490,14 +495,15 @@ class Run:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as e:  # torch reports a full disk as a RuntimeError
-            shutil.rmtree(target.with_name(target.name + ".partial"), ignore_errors=True)
+            for left in target.parent.glob(f"{target.name}.*partial"):
+                shutil.rmtree(left, ignore_errors=True)
             kept = self._latest()
             if isinstance(e, NotImplementedError):
                 raise
             raise UserError(
                 f"{target} could not be written ({(str(e).splitlines() or [type(e).__name__])[0]}). "
-                + (f"{kept.name} is whole: " if kept else "")
-                + "free some space and repeat the command to go on."
+                + (f"{kept.name} is whole: free" if kept else "Free")
+                + " some space and repeat the command to go on."
             ) from None
 
     @property

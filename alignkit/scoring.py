@@ -201,10 +201,15 @@ def scatter(values: Tensor, where: Tensor, mask: Tensor) -> Tensor:
     return out.index_put((where,), values).view(*mask.shape, *values.shape[1:])
 
 
+def _dealt(batch: Batch, budget: int) -> list[tuple[Batch, bool]]:
+    """This rank's micro-batches, which know their rows' places: ``extra["row"]``; each with whether it counts."""
+    index = torch.arange(len(batch), device=batch.mask.device)
+    return ranks.dealt(ranks.split(batch.with_(extra={**batch.extra, "row": index}), budget))
+
+
 def by_rows(batch: Batch, budget: int, function: Callable[[Batch], Tensor]) -> Tensor:
     """``function`` of micro-batches, (b, …) of b rows, put together in the batch's order: (B, …) float32, on the processor."""
-    index = torch.arange(len(batch), device=batch.mask.device)
-    own = ranks.dealt(ranks.split(batch.with_(extra={**batch.extra, "row": index}), budget))
+    own = _dealt(batch, budget)
 
     def work() -> list[tuple[Tensor, Tensor]]:
         found = [(part.extra["row"].cpu(), function(part).float().cpu(), counts) for part, counts in own]
@@ -217,9 +222,8 @@ def by_rows(batch: Batch, budget: int, function: Callable[[Batch], Tensor]) -> T
 
 def by_parts(batch: Batch, budget: int, function: Any) -> Tensor:
     """``function`` of micro-batches, put together in the batch's order: (B, T) float32."""
-    index = torch.arange(len(batch), device=batch.mask.device)
     out = torch.zeros(batch.mask.shape, device=batch.mask.device)
-    own = ranks.dealt(ranks.split(batch.with_(extra={**batch.extra, "row": index}), budget))
+    own = _dealt(batch, budget)
     with ranks.alone():
         for part, counts in own:
             found = function(part)

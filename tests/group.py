@@ -15,16 +15,23 @@ def together(count: int, configurations: list[list[str]], folder: Path) -> None:
     """Run configurations (words of ``alignkit train``) in ``count`` processes, as torchrun would start them."""
     file = folder / f"words-{count}.json"
     file.write_text(json.dumps(configurations), encoding="utf-8")
-    _start(count, [str(file)], folder)
+    codes, said = _start(count, [str(file)], folder)
+    assert codes == [0] * count, f"{codes}\n{said}"
 
 
 def spawned(count: int, folder: Path) -> list[dict[str, Any]]:
     """What ``count`` processes find out about a model that they share, each of them."""
-    _start(count, ["shards", str(folder)], folder)
+    codes, said = _start(count, ["shards", str(folder)], folder)
+    assert codes == [0] * count, f"{codes}\n{said}"
     return [json.loads((folder / f"found-{i}.json").read_text(encoding="utf-8")) for i in range(count)]
 
 
-def _start(count: int, words: list[str], folder: Path) -> None:
+def failing(folder: Path) -> tuple[list[int], list[str]]:
+    """(exit codes, what was said) of two processes, of which the second fails in a pass through layers that are apart."""
+    return _start(2, ["fails"], folder)
+
+
+def _start(count: int, words: list[str], folder: Path) -> tuple[list[int], list[str]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -43,8 +50,7 @@ def _start(count: int, words: list[str], folder: Path) -> None:
             process.kill()
         for log in logs:
             log.close()
-    said = "\n".join((folder / f"log-{count}-{i}").read_text()[-2000:] for i in range(count))
-    assert codes == [0] * count, f"{codes}\n{said}"
+    return codes, [(folder / f"log-{count}-{i}").read_text()[-2000:] for i in range(count)]
 
 
 def shared_model() -> Any:
@@ -109,8 +115,36 @@ def _share_a_model(folder: Path) -> None:
         (folder / f"found-{ranks.rank()}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
+def _fail_apart() -> None:
+    import torch
+
+    from alignkit import ranks
+    from alignkit.batch import Batch
+    from alignkit.errors import UserError
+    from alignkit.scoring import by_rows
+    from alignkit.sharding import Shards
+
+    with ranks.joined(100):
+        model = shared_model()
+        Shards([model], torch.float32)
+        ids = torch.ones(8, 4, dtype=torch.long)
+        rows: list[Any] = [{}] * 8
+        batch = Batch(ids, ids.bool(), ids, ids.bool(), torch.arange(8), rows, [""] * 8)
+
+        def passed(part: Batch) -> torch.Tensor:
+            if ranks.dist.get_rank() == 1 and part.extra["row"][0] >= 2:
+                raise UserError("this row is wrong")
+            found: torch.Tensor = model(part.prompt_ids).logits[:, 0]
+            return found
+
+        with torch.no_grad():
+            by_rows(batch, 16, passed)
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "shards":
+    if sys.argv[1] == "fails":
+        _fail_apart()
+    elif sys.argv[1] == "shards":
         _share_a_model(Path(sys.argv[2]))
     else:
         from running import composed

@@ -75,7 +75,9 @@ RL = [
 @pytest.mark.parametrize(
     "words", [RL, ["+algo=sft", "data=rnnlg", *SMALL_SEQ2SEQ, *SMALL_RUN, "algo.steps=4", "run.save_every=2"]], ids=["ppo", "sft"]
 )  # fmt: skip
-def test_a_run_is_the_same_wherever_its_optimizer_lies(tmp_path: Path, words: list[str]) -> None:
+def test_a_run_is_the_same_wherever_its_optimizer_lies(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also when it goes on from a checkpoint that was written with the other setting."""
     plain, folder = train(tmp_path / "plain", *words)
     _, there = train(tmp_path / "there", *words, "run.offload=true")
@@ -90,7 +92,9 @@ def test_a_run_is_the_same_wherever_its_optimizer_lies(tmp_path: Path, words: li
     for gone in last.rglob("*"):
         if gone.is_file():
             gone.unlink()
+    capsys.readouterr()
     _, again = train(tmp_path / "there", *words)
+    assert "goes on after step 2 of 4" in capsys.readouterr().err
     found = load_file(again / "final" / "model.safetensors")
     assert all(torch.equal(wanted[k], found[k]) for k in wanted)
 

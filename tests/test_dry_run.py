@@ -19,6 +19,7 @@ from running import SMALL_CAUSAL, SMALL_RL, SMALL_RUN, SMALL_SEQ2SEQ, SMALL_SFT,
 from alignkit import gpus
 from alignkit.config import SHARDED, SHARED, Model, check
 from alignkit.dry_run import Held, Layers, Lengths, _clock, _layers, _size, needs, steps_of, work_of
+from alignkit.errors import UserError
 from alignkit.loading import device_of
 from alignkit.policy import load
 from alignkit.stages import pipeline
@@ -511,6 +512,14 @@ def test_the_steps_of_a_pipeline_that_have_an_adamw() -> None:
         name: stage in ("sft", "pref", "rm", "rl", "distill", "select") for name, stage in stages.items()
     }
     assert set(stages.values()) >= {"sft", "refine"}
+
+
+@pytest.mark.parametrize("name", ["shard", "offload"])
+def test_what_no_step_can_use_is_refused(name: str) -> None:
+    evaluate = ["+algo=evaluate", "model.path=bundled:nlg", "data=rnnlg", "run.processes=2"]
+    run = composed([*evaluate, f"run.{name}=true"]).run
+    with pytest.raises(UserError, match=f"run.{name}: none of these steps can use it"):
+        pipeline.accept({"measure": evaluate}, run)
 
 
 def test_a_layer_that_is_computed_anew_is_cast_alone(cli: Cli) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from group import spawned, together
+from group import failing, spawned, together
 from running import SMALL_CAUSAL, SMALL_RL, SMALL_RUN, SMALL_SEQ2SEQ, command, composed, lines, train
 from safetensors.torch import load_file
 
@@ -324,6 +324,14 @@ def test_each_process_holds_a_part_of_the_layers_and_saves_all(tmp_path: Path) -
     for one in found:
         assert one["of"] == whole  # what a checkpoint has room for
         assert one["same"] and one["whole_again"] and one["apart_again"] == one["own"]
+
+
+def test_one_that_fails_in_a_pass_of_all_leaves_and_tells_why(tmp_path: Path) -> None:
+    """Where layers are apart the others are in the middle of one, and no message may come in between."""
+    begun = time.monotonic()
+    codes, said = failing(tmp_path)
+    assert time.monotonic() - begun < 60  # its patience is 100
+    assert all(codes) and "UserError: this row is wrong" in said[1]
 
 
 def test_apart_the_best_weights_are_found_again(tmp_path: Path) -> None:

@@ -255,6 +255,9 @@ def test_layers_that_are_computed_anew_are_cast_anew(name: str):
     layers, casts = layers_of([model]), []
     for layer in layers:
         compute_in(layer, torch.bfloat16)
+        once = layer.forward
+        compute_in(layer, torch.bfloat16)
+        assert layer.forward is once  # stage select asks again in each episode
         layer.register_forward_pre_hook(lambda layer, _: casts.append(next(layer.parameters()).dtype))
     anew = passed()
     assert len(layers) >= 2 and casts == [torch.float32] * len(layers)  # no copy of them lies in the whole model's cast

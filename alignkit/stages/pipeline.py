@@ -106,7 +106,8 @@ def accept(commands: dict[str, list[str]], run: Any) -> dict[str, DictConfig]:
     from alignkit.cli import hydra_words, uncomposed
 
     here = GlobalHydra.instance().is_initialized()
-    found = {}
+    found: dict[str, DictConfig] = {}
+    used: set[str] = set()
     with nullcontext() if here else initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for name, words in commands.items():
             try:
@@ -114,6 +115,7 @@ def accept(commands: dict[str, list[str]], run: Any) -> dict[str, DictConfig]:
                 stage, several = found[name].stage, found[name].run.processes > 1
                 shard = run.shard and several and stage in (*SHARDED, "pipeline")
                 offload = run.offload and stage in (*STEPS, "pipeline")
+                used.update(["shard"] * shard, ["offload"] * offload)
                 if shard or offload:  # before its own, which may say otherwise
                     words[:0] = ["run.shard=true"] * shard + ["run.offload=true"] * offload
                     found[name] = compose("config", hydra_words(words))
@@ -122,6 +124,9 @@ def accept(commands: dict[str, list[str]], run: Any) -> dict[str, DictConfig]:
                 raise UserError(f"steps.{name}: {e}") from None
             except HydraException as e:
                 raise UserError(f"steps.{name}: {uncomposed(e, words)}") from None
+    for name in ("shard", "offload"):
+        if run[name] and name not in used:
+            raise UserError(f"run.{name}: none of these steps can use it. Leave it out.")
     return found
 
 
