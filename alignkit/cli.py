@@ -314,7 +314,7 @@ def use_config_dirs(words: list[str]) -> list[Path]:
     for folder in found:
         if not Path(folder).is_dir():
             raise UserError(f"--config-dir {folder}: no such folder.")
-    sys.path += [p for p in (os.getcwd(), *found) if p not in sys.path]
+    sys.path += [p for p in map(os.path.abspath, (os.getcwd(), *found)) if p not in sys.path]
     return [Path(folder) for folder in found]
 
 
