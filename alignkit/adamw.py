@@ -11,7 +11,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from alignkit import ranks
-from alignkit.errors import UserError
 
 
 class Offloaded(torch.optim.AdamW):
@@ -86,7 +85,7 @@ def load(optimizer: torch.optim.Optimizer, shards: Any, folder: Path) -> None:
     what is its own.
 
     Raises:
-        UserError: they are of other weights, or not whole.
+        ValueError: they are of other weights, or not whole.
     """
     state = torch.load(
         folder / "optimizer.pt", map_location="cpu", weights_only=True
@@ -103,9 +102,7 @@ def load(optimizer: torch.optim.Optimizer, shards: Any, folder: Path) -> None:
         state["state"][i] = whole | parts
         held = state["state"][i]
         if "exp_avg" not in held or any(x.dim() and x.shape != p.shape for x in held.values()):
-            raise UserError(
-                f"{folder}: the moments of AdamW are not those of this model, or not whole. Take an earlier checkpoint."
-            )
+            raise ValueError("the moments of AdamW are not those of this model, or not whole")
     optimizer.load_state_dict(state)
 
 

@@ -187,6 +187,10 @@ def uncomposed(e: Exception, words: list[str]) -> str:
         where = f" ({str(e).split(':')[0]})" if str(e).startswith("In '") else ""  # a file's, not a word's
         value = "null" if typed.value is None else repr(typed.value)
         return f"{typed.full_key}: must be {wanted}, is {value}{where}."
+    if "hydra.launcher." in " ".join(words) and not {"-m", "--multirun"} & {*words}:
+        return (
+            f"{str(e).splitlines()[0]} hydra.launcher.* are of the launcher of a sweep: add -m and hydra/launcher=NAME."
+        )
     step = next((w.partition("=")[0] for w in words if w.lstrip("+").startswith("more.")), None)
     hint = f" Words of a step want quotes inside: '{step}=\"algo.steps=5\"'." if step else ""
     hint += " Quote a value with braces twice: 'data.prompt=\"{column}\"'." if any("{" in w for w in words) else ""

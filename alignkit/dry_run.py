@@ -293,8 +293,8 @@ def _single(cfg: DictConfig, found: Found) -> None:
         if cfg.stage == "trl":
             found.say("memory", "TRL's own; algo.trl.gradient_accumulation_steps cuts a step into parts.")
         else:
-            phases = needs(cfg, algo, reader, [*more, *learned], lengths)
             sides = len(data.sides) if prepared and "chosen" in prepared[0] and cfg.stage in ("pref", "rm") else 1
+            phases = needs(cfg, algo, reader, [*more, *learned], lengths, sides)
             _say_memory(phases, found)
             if cfg.run.offload:
                 found.say("run.offload", f"besides, about {_size(offloaded(cfg, reader, [*more, *learned]))} of the processor's memory"
@@ -518,19 +518,19 @@ def _lengths(reader: Any, rows: list[Row], data: Data) -> Lengths:
     longest = sorted(rows, key=characters, reverse=True)[: LOOKED_AT // 8]
     spread = rows[:: max(1, len(rows) // LOOKED_AT)][:LOOKED_AT]
 
-    def tokens(some: list[Row]) -> list[tuple[int, int]]:
+    def tokens(some: list[Row]) -> list[tuple[int, list[int]]]:
         prompts = [len(ids) for ids in reader.prompt_ids(some)]
         if hasattr(reader, "labels"):
-            return [(n, 1) for n in prompts]
+            return [(n, [1]) for n in prompts]
         answers = [[len(reader.encode_responses([row[s]])[0]) if row.get(s) else 0 for s in sides] for row in some]
-        return [(n, max(each)) for n, each in zip(prompts, answers, strict=True)]
+        return list(zip(prompts, answers, strict=True))
 
     long, usual = tokens(longest), tokens(spread)
     return Lengths(
         sum(p for p, _ in usual) / len(usual),
-        sum(r for _, r in usual) / len(usual),
+        sum(sum(each) / len(each) for _, each in usual) / len(usual),
         max(p for p, _ in long + usual),
-        max(p + r for p, r in long + usual),
+        max(p + max(each) for p, each in long + usual),
     )
 
 
@@ -655,8 +655,12 @@ def _tested(cfg: DictConfig) -> str:
 Phases = dict[str, list[tuple[str, float]]]
 
 
-def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Lengths) -> Phases:
-    """Phase → (what, bytes): what is held, and what the largest micro-batch needs besides; an estimate."""
+def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Lengths, sides: int = 1) -> Phases:
+    """Phase → (what, bytes): what is held, and what the largest micro-batch needs besides; an estimate.
+
+    Args:
+        sides: responses a row that are learned from.
+    """
     all_of_it, trained = _own(reader, cfg)
     width = BYTES[cfg.model.dtype]
     count, part = shared(cfg)
@@ -704,7 +708,7 @@ def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Le
         phases[name] = [*held, (f"cache of {at_once} responses at full length", cache)]
     if trained:
         budget = int(algo.micro_tokens)
-        rows = algo.batch_size if hasattr(algo, "batch_size") else algo.prompts_per_step * samples_of(algo)[0]
+        rows = algo.batch_size * sides if hasattr(algo, "batch_size") else algo.prompts_per_step * samples_of(algo)[0]
         longest = lengths.longest_prompt + algo.max_new_tokens if cfg.stage == "rl" else lengths.longest
         tokens = max(longest, min(budget, rows * max(1, longest) // count))
         deep = 17 * computing

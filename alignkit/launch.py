@@ -112,6 +112,11 @@ def refuse_unshared(cfg: DictConfig) -> None:
     Raises:
         UserError: a stage whose work cannot be shared out; of a pipeline says how that of its steps can.
     """
+    started = int(os.environ["WORLD_SIZE"])
+    if cfg.run.processes not in (1, started):
+        raise UserError(
+            f"run.processes={cfg.run.processes}: torchrun or accelerate has started {started}. Leave it out."
+        )
     if cfg.stage == "pipeline":
         raise UserError(
             "stage pipeline runs in one process, which starts the steps. Start it without torchrun or accelerate; "

@@ -182,10 +182,10 @@ def _pretrained(path: str, cfg: Model, dtype: torch.dtype, auto: Auto, fresh: tu
         tokenizer = read_tokenizer(cfg.tokenizer or path)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         reason = str(e).split("\n")[0]
-        raise UserError(
-            f"model.path={path}: cannot be loaded ({type(e).__name__}: {reason}). Check the id or folder; with "
-            f"HF_HUB_OFFLINE=1 only what lies in the cache is found."
-        ) from None
+        way = "Check the id or folder; with HF_HUB_OFFLINE=1 only what lies in the cache is found."
+        if (Path(path) / "state").is_dir():
+            way = "This checkpoint is damaged: delete it to go on from the one before, or from the beginning."
+        raise UserError(f"model.path={path}: cannot be loaded ({type(e).__name__}: {reason}). {way}") from None
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(fresh) and "pooler." not in name)
     if missing:
         raise UserError(f"model.path={path}: the weights lack {', '.join(missing[:3])}.")

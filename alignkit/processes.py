@@ -85,10 +85,10 @@ def run(cfg: DictConfig, count: int) -> None:
     i, code = next(((i, code) for i, code in enumerate(codes) if code not in (0, LEFT)), (0, LEFT))
     how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
     if code == 1:
-        how += f" (where it says Timeout, it had waited for run.patience={cfg.run.patience} seconds)"
+        how += f" (where it says Timeout, it had waited for another one, which hangs, for run.patience={cfg.run.patience} seconds)"
     if code == LEFT:
         how = f"was left by the others ({found[0][1] if found else 'they are gone'})"
-    raise UserError(f"process {i} of {count} {how}; the others were stopped. {how_to_go_on(cfg)}")
+    raise UserError(f"process {i + 1} of {count} {how}; the others were stopped. {how_to_go_on(cfg)}")
 
 
 def _look_after(children: list[subprocess.Popen[bytes]]) -> tuple[list[int], bool]:

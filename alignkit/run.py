@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import math
 import os
+import pickle
 import platform
 import shlex
 import shutil
@@ -147,7 +148,8 @@ class Run:
         made = adamw.Offloaded if self.cfg.run.offload else torch.optim.AdamW
         optimizer = made(groups, lr=algo.lr, betas=tuple(algo.betas), weight_decay=algo.weight_decay, fused=True)
         if self.checkpoint and not fresh:
-            adamw.load(optimizer, self.shards, self.checkpoint / "state")
+            with self.reading():
+                adamw.load(optimizer, self.shards, self.checkpoint / "state")
         return optimizer
 
     @contextmanager
@@ -590,8 +592,28 @@ class Run:
         """Where the state of an unfinished run lies: in its last checkpoint, or beside the parts of its rows."""
         return (self.checkpoint / "state" if self.checkpoint else self.dir / "parts") / "run.json"
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around what is read of the state of the run that goes on.
+
+        Raises:
+            UserError: it is damaged; says what to delete.
+        """
+        try:
+            yield
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
+            if preflight.out_of_memory(e):
+                raise
+            folder = self.checkpoint or self.home / "parts"
+            earlier = [p for p in self.home.glob("checkpoint-*[0-9]") if self.checkpoint and p != self.checkpoint]
+            on = "go on from the one before" if earlier else "start from the beginning"
+            raise UserError(
+                f"{folder} is damaged: {(str(e).splitlines() or [type(e).__name__])[0][:160]}. Delete it to {on}, by the same command."
+            ) from None
+
     def _read_state(self, file: Path, fingerprint: dict[str, str]) -> None:
-        self.state = json.loads(file.read_text(encoding="utf-8"))
+        with self.reading():
+            self.state = json.loads(file.read_text(encoding="utf-8"))
         same_settings(self.dir, self.state["signature"], self.cfg)
         same_sources(self.dir, self.state["fingerprint"], fingerprint, self.cfg)
         self.ledger, self.best, self.before = self.state["ledger"], self.state["best"], self.state["before"]

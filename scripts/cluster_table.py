@@ -95,7 +95,7 @@ def estimate(
     sides = 2 if cfg.stage in ("pref", "rm") else 1
     work = dry_run.work_of(cfg, algo, reader, more, lengths, rows, sides)
     assert work is not None
-    return dry_run.most_of(dry_run.needs(cfg, algo, reader, more, lengths)), work
+    return dry_run.most_of(dry_run.needs(cfg, algo, reader, more, lengths, sides)), work
 
 
 def table() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,11 @@ import torch
 from group import filled, shared_model, spawned
 from hypothesis import given
 from hypothesis import strategies as st
-from running import SMALL_RL, SMALL_RUN, SMALL_SEQ2SEQ, lines, train
+from running import SMALL_RL, SMALL_RUN, SMALL_SEQ2SEQ, command, composed, lines, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from alignkit import adamw
-from alignkit.errors import UserError
 
 
 def weights() -> list[torch.nn.Parameter]:
@@ -143,5 +143,24 @@ def test_moments_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     spawned(2, tmp_path)
     for file in ("moments-00002-of-00002.safetensors", "moments-00001-of-00002.safetensors"):
         (tmp_path / file).unlink()
-        with pytest.raises(UserError, match="not whole"):
+        with pytest.raises(ValueError, match="not whole"):
             adamw.load(torch.optim.AdamW(shared_model().parameters()), None, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["moments-00002-of-00002.safetensors", "optimizer.pt", "run.json"])
+def test_a_damaged_checkpoint_says_what_to_delete(tmp_path: Path, file: str) -> None:
+    """And once it is deleted, the command goes on from the one before."""
+    words = [*RL, f"run.root={tmp_path}", "run.processes=2", "run.shard=true"]
+    folder = Path(composed(words).run.dir)
+    done = command("train", *words)
+    assert done.returncode == 0, done.stderr
+    (folder / "result.json").unlink()
+    damaged = folder / "checkpoint-4" / "state" / file
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    done = command("train", *words)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"error: {folder}/checkpoint-4 is damaged" in done.stderr
+    assert "Delete it to go on from the one before" in done.stderr and done.stderr.count("error:") == 1
+    shutil.rmtree(folder / "checkpoint-4")
+    done = command("train", *words)
+    assert done.returncode == 0 and "goes on after step 2 of 4" in done.stderr

@@ -514,6 +514,28 @@ def test_the_steps_of_a_pipeline_that_have_an_adamw() -> None:
     assert set(stages.values()) >= {"sft", "refine"}
 
 
+def test_a_pipeline_has_no_settings_of_a_step(cli: Cli, tmp_path: Path) -> None:
+    for more in (["--dry-run"], []):
+        code, _, err = cli("train", "+preset=rlhf_tiny", "evaluate.rows=10", *more)
+        assert code == 2 and "evaluate.rows=10: a pipeline has no such settings" in err and "more.sft=" in err
+        assert not list(tmp_path.rglob("result.json"))
+
+
+def test_a_pipeline_hands_its_device_on() -> None:
+    commands = pipeline.steps(composed(["+preset=srt_tiny", "model.device=cpu"]))
+    assert len(commands) > 2 and all("model.device=cpu" in words for words in commands.values())
+
+
+def test_both_responses_of_a_pair_are_passed_through_the_model(cli: Cli) -> None:
+    """Three pairs at the longest row are six sequences; what is trained is the mean of both sides, of both."""
+    _, out, _ = cli("train", "+algo=bt", "algo.batch_size=3", "algo.steps=1", "algo.micro_tokens=1000000", "--dry-run")
+    longest = int(re.findall(r"longest row (\d+)", line(out, "lengths"))[0])
+    assert f"activations of {6 * longest:,} tokens" in line(out, "update needs")
+    both = int(re.findall(r"response (\d+)", line(out, "lengths"))[0])
+    told = int(re.findall(r"about ([\d,]+) response tokens a step", line(out, "trained"))[0].replace(",", ""))
+    assert told == pytest.approx(6 * both, abs=3)
+
+
 @pytest.mark.parametrize("name", ["shard", "offload"])
 def test_what_no_step_can_use_is_refused(name: str) -> None:
     evaluate = ["+algo=evaluate", "model.path=bundled:nlg", "data=rnnlg", "run.processes=2"]

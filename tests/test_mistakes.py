@@ -16,6 +16,7 @@ from alignkit.algos.ppo import PPO
 from alignkit.config import check, schema_keys, type_of
 from alignkit.critic import Critic
 from alignkit.errors import UserError, need
+from alignkit.launch import refuse_unshared
 from alignkit.run import hash_weights
 
 GRPO_TINY = ["+algo=grpo", *SMALL_SEQ2SEQ, "data=rnnlg", *SMALL_RL, "algo.k=2", "reward=length", "algo.warmup=0"]
@@ -118,6 +119,13 @@ def test_adamw_is_offloaded_where_there_is_one(words: list[str], said: str | Non
     else:
         with pytest.raises(UserError, match=said):
             check(cfg)
+
+
+def test_a_number_of_processes_beside_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse_unshared(composed(["+algo=sft", "run.processes=2"]))
+    with pytest.raises(UserError, match=r"run\.processes=4: torchrun or accelerate has started 2"):
+        refuse_unshared(composed(["+algo=sft", "run.processes=4"]))
 
 
 TYPES = [
@@ -390,3 +398,8 @@ def test_a_bad_file_beside_the_others_does_not_hide_them(tmp_path: Path) -> None
 def test_a_data_set_ends_by_epochs_or_steps(tmp_path: Path, words: list[str], by: str) -> None:
     sft = ["+algo=sft", *SMALL_SEQ2SEQ, "data=rnnlg", *SMALL_RUN, "algo.batch_size=8", "algo.warmup=0"]
     assert train(tmp_path, *sft, "evaluate.test=false", *words)[0]["ended_by"] == by
+
+
+def test_settings_of_a_launcher_without_a_sweep(cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = cli("train", "+algo=sft", "hydra.launcher.gpus_per_node=4")
+    assert code == 2 and "add -m and hydra/launcher=NAME" in err and err.count("\n") == 1

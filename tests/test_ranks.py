@@ -125,7 +125,7 @@ def test_a_killed_process_ends_all_and_the_command_goes_on_with_any_number(tmp_p
     _, said = process.communicate(timeout=60)
     assert time.monotonic() - begun < 40
     assert process.returncode == 2
-    assert "process 1 of 2 was killed (SIGKILL); the others were stopped. Repeat the command" in said
+    assert "process 2 of 2 was killed (SIGKILL); the others were stopped. Repeat the command" in said
     assert "Traceback" not in said
     reached = max(int(p.name.rpartition("-")[2]) for p in folder.glob("checkpoint-*[0-9]"))
     assert len(list(folder.glob(f"checkpoint-{reached}/state/moments-*"))) == (2 if shard == "run.shard=true" else 0)

@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from alignkit import unread
 from alignkit.config import SHARDED, STEPS, check, conf_dir, signature, whole
 from alignkit.errors import Stopped, UserError, suggest
 from alignkit.files import write_atomically
@@ -59,10 +60,24 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def steps(cfg: DictConfig) -> dict[str, list[str]]:
-    """Step of a pipeline → the words of its command."""
+    """Step of a pipeline → the words of its command.
+
+    Raises:
+        UserError: settings that no step would see, or several words in one.
+    """
     directory, run = Path(cfg.run.dir), cfg.run
     given: Any = OmegaConf.to_container(cfg.steps, resolve=True)
     more: Any = OmegaConf.to_container(cfg.more, resolve=True)
+    handed_on = ("model.device",)
+    lost = [
+        where for key, where in unread.given(cfg).items()
+        if key.partition(".")[0] in unread.WATCHED and key not in handed_on and "=" in where
+    ]  # fmt: skip
+    if lost:
+        raise UserError(
+            f"{', '.join(lost)}: a pipeline has no such settings of its own. Give them to a step, as in "
+            f"'more.{next(iter(given))}=\"{lost[0]}\"'."
+        )
     known: dict[str, str] = {}
     found = {}
     for name, words in given.items():
@@ -77,6 +92,7 @@ def steps(cfg: DictConfig) -> dict[str, list[str]]:
             f"run.wandb={run.wandb}",
             f"run.root={run.root}",
             f"run.concurrency={run.concurrency}",
+            *([f"model.device={cfg.model.device}"] if cfg.model.device != "auto" else []),
             *([f"run.processes={run.processes}"] if run.processes > 1 else []),
             f"run.budget={'null' if run.budget is None else run.budget}",
             *(_fill(w, known, name) for w in _flat(words)),

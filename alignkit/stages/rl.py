@@ -33,7 +33,8 @@ def run(cfg: DictConfig, run: Run, data: Data, algo: RL, reward: Reward) -> dict
     if algo.critic is not None:
         policy.critic = algo.critic.build(policy.model)
         if run.checkpoint:
-            load_model(policy.critic, run.checkpoint / "state" / "critic.safetensors")
+            with run.reading():
+                load_model(policy.critic, run.checkpoint / "state" / "critic.safetensors")
     start = reference(policy, model, cfg.seed, data.texts(), algo.micro_tokens) if algo.wants_reference else None
     optimizer = run.optimizer(policy, algo, algo.steps)
     held_out = HeldOut(cfg.evaluate, data, reward, run)
