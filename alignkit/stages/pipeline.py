@@ -68,10 +68,9 @@ def steps(cfg: DictConfig) -> dict[str, list[str]]:
     directory, run = Path(cfg.run.dir), cfg.run
     given: Any = OmegaConf.to_container(cfg.steps, resolve=True)
     more: Any = OmegaConf.to_container(cfg.more, resolve=True)
-    handed_on = ("model.device",)
     lost = [
         where for key, where in unread.given(cfg).items()
-        if key.partition(".")[0] in unread.WATCHED and key not in handed_on and "=" in where
+        if key.partition(".")[0] in unread.WATCHED and key != "model.device" and "=" in where
     ]  # fmt: skip
     if lost:
         raise UserError(
