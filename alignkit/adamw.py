@@ -87,9 +87,8 @@ def load(optimizer: torch.optim.Optimizer, shards: Any, folder: Path) -> None:
     Raises:
         ValueError: they are of other weights, or not whole.
     """
-    state = torch.load(
-        folder / "optimizer.pt", map_location="cpu", weights_only=True
-    )  # a GPU may have no room for all of it
+    # a GPU may have no room for all of it
+    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     files = [safe_open(file, "pt") for file in sorted(folder.glob("moments-*.safetensors"))]
     names = {key.partition(".")[2] for file in files for key in file.keys()}  # noqa: SIM118
     there = set(files[0].keys()) if files else set()
