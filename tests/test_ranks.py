@@ -221,18 +221,15 @@ def test_rows_are_shown_once_and_a_run_begins_anew_under_torchrun(tmp_path: Path
         assert db.execute("SELECT count(*) FROM failures").fetchone()[0] == 0
 
 
+LATE = [  # saves nothing for long
+    *METHODS["esrl"], "run.processes=2", "algo.steps=500", "evaluate.every=0", "evaluate.test=false", "run.save_every=500",
+]  # fmt: skip
+
+
 def test_stopped_before_anything_is_saved(tmp_path: Path) -> None:
     """Ctrl-C in the first steps of a run that saves at its end alone, and while the processes only start; scratch folders too go."""
     (tmp_path / "scratch").mkdir()
-    words = [
-        *METHODS["esrl"],
-        "run.processes=2",
-        "algo.steps=500",
-        "evaluate.every=0",
-        "evaluate.test=false",
-        "run.save_every=500",
-    ]
-    process = started(tmp_path / "runs", *words, TMPDIR=str(tmp_path / "scratch"))
+    process = started(tmp_path / "runs", *LATE, TMPDIR=str(tmp_path / "scratch"))
     until(lambda: len(children(process.pid)) == 2, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
@@ -244,19 +241,11 @@ def test_stopped_before_anything_is_saved(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
     """SIGKILL to one before the first checkpoint; then to the one that has started them, whose folder the others take along."""
-    words = [
-        *METHODS["esrl"],
-        "run.processes=2",
-        "algo.steps=500",
-        "evaluate.every=0",
-        "evaluate.test=false",
-        "run.save_every=500",
-    ]
-    folder = tmp_path / "runs" / Path(composed(words).run.dir).name
+    folder = tmp_path / "runs" / Path(composed(LATE).run.dir).name
     for whom in ("one of them", "the starter"):
         scratch = tmp_path / whom
         scratch.mkdir()
-        process = started(tmp_path / "runs", *words, "run.overwrite=true", TMPDIR=str(scratch))
+        process = started(tmp_path / "runs", *LATE, "run.overwrite=true", TMPDIR=str(scratch))
         until(lambda: (folder / "metrics.jsonl").exists() and len(lines(folder / "metrics.jsonl")) > 1, process)
         assert list(scratch.rglob("metrics.jsonl"))  # the second process's
         both = children(process.pid)

@@ -25,7 +25,7 @@ from alignkit.labels import LABELS
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Run every step of ``cfg.steps`` (name → command-line words); ``{name}`` in a word is that earlier step's directory.
 
-    A step's words are ``train`` words. ``run.dir`` inside the pipeline's own directory, its seed, its root and what else of
+    A step's words are ``train`` words. ``run.dir`` inside the pipeline's own directory, its seed, its root, its device and what else of
     ``run`` a step shares are put before them, ``cfg.more`` behind them (``more.ppo="algo.steps=5"``). Each step is a process of its own, so that its memory is given back.
 
     Raises:
