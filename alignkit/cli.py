@@ -51,6 +51,17 @@ MODULES = {"verify-resume": "verify", "from-trl": "from_trl"}  # where a verb's 
 def main(argv: list[str] | None = None) -> None:
     """Entry point; exits with 0, 1 (a fault of ours), 2 (a user's mistake) or 130 (stopped)."""
     words = sys.argv[1:] if argv is None else argv
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        _answer(words)
+    else:
+        from alignkit import processes
+
+        with processes.ending():
+            _answer(words)
+
+
+def _answer(words: list[str]) -> None:
+    """Do what is asked; a mistake and a stop are told in one line."""
     try:
         _dispatch(words)
     except UserError as e:

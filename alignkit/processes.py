@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,33 @@ def several() -> bool:
 def first() -> bool:
     """Whether it is the first of them, or alone."""
     return not several() or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """All that a process does. One that has met others ends here, with the exit code that it would have had, and without Python's own
+    end: a group of processes that FSDP2 has used is never let go, and one of its threads that still holds a tensor by then aborts
+    (pytorch issue 190489)."""
+    code = 0
+    try:
+        yield
+    except BaseException as e:
+        if not met:
+            raise
+        if isinstance(e, SystemExit) and (e.code is None or isinstance(e.code, int)):
+            code = e.code or 0
+        else:
+            code = 1
+            if isinstance(e, SystemExit):
+                print(e.code, file=sys.stderr)
+            else:
+                sys.excepthook(type(e), e, e.__traceback__)
+    if met:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed, or no one reads it
+                stream.flush()
+        os._exit(code)
 
 
 def how_to_go_on(cfg: DictConfig) -> str:
@@ -143,10 +173,11 @@ def _end_with(parent: int, folder: Path) -> None:
 
 def main() -> None:
     """One of the processes; a stop while it still imports is no fault."""
-    try:
-        _take_part()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with ending():
+        try:
+            _take_part()
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
 def _take_part() -> None:
@@ -181,4 +212,6 @@ def _leave(file: Path, e: Exception) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from alignkit import processes  # not this copy of it: ``met`` is set in the one that all others know
+
+    processes.main()

@@ -141,15 +141,22 @@ def _fail_apart() -> None:
             by_rows(batch, 16, passed)
 
 
+def _run(file: Path) -> None:
+    from running import composed
+
+    from alignkit.launch import launch
+
+    for words in json.loads(file.read_text(encoding="utf-8")):
+        launch(composed(words))
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "fails":
-        _fail_apart()
-    elif sys.argv[1] == "shards":
-        _share_a_model(Path(sys.argv[2]))
-    else:
-        from running import composed
+    from alignkit import processes
 
-        from alignkit.launch import launch
-
-        for words in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-            launch(composed(words))
+    with processes.ending():
+        if sys.argv[1] == "fails":
+            _fail_apart()
+        elif sys.argv[1] == "shards":
+            _share_a_model(Path(sys.argv[2]))
+        else:
+            _run(Path(sys.argv[1]))

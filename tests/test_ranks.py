@@ -176,10 +176,10 @@ def test_started_by_torchrun(runs: Path, tmp_path: Path) -> None:
     assert (record["processes"], record["shard"]) == (2, False)  # of which config.yaml knows nothing
 
 
-def by_torchrun(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def by_torchrun(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "alignkit", "train", *words],
-        capture_output=True, text=True, timeout=300, cwd=cwd, check=False,
+        capture_output=True, text=True, timeout=300, cwd=cwd, env={**os.environ, **env}, check=False,
     )  # fmt: skip
 
 
@@ -332,6 +332,52 @@ def test_apart_the_best_weights_are_found_again(tmp_path: Path) -> None:
     assert result["best"]["step"] < 5
     best = Path(result["directory"]) / f"checkpoint-{result['best']['step']}"
     assert apart(load_file(best / "model.safetensors"), weights) == 0
+
+
+ENDLESS = """
+import atexit, os, threading, time
+def endless():
+    import torch
+    x = torch.ones(100)
+    while True:
+        x + x
+def start():
+    threading.Thread(target=endless, daemon=True).start()
+    time.sleep(0.2)
+if "RANK" in os.environ:
+    atexit.register(start)
+"""  # a thread that comes back to Python while Python ends aborts the process, whatever it had come to
+
+
+@pytest.mark.parametrize("by", ["run", "torchrun"])
+def test_no_thread_is_in_the_way_of_the_end(tmp_path: Path, by: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ENDLESS, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [*METHODS["reinforce"], "evaluate.every=0", "evaluate.test=false", "algo.steps=1"]
+    if by == "run":
+        done = command("train", *words, "run.processes=2", cwd=tmp_path, PYTHONPATH=path)
+    else:
+        done = by_torchrun(*words, cwd=tmp_path, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "code"), [("pass", 0), ("sys.exit(3)", 3), ("raise Stopped('no')", 1), ("sys.exit('no')", 1)]
+)
+def test_one_that_has_met_others_ends_as_it_would_have(tmp_path: Path, what: str, code: int) -> None:
+    script = f"""
+import atexit, sys
+from alignkit import processes
+from alignkit.errors import Stopped
+processes.met = True
+with processes.ending():
+    atexit.register(print, "tidied")
+    print("said")
+    {what}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == code and done.stdout == "said\ntidied\n"
+    assert ("Stopped: no" in done.stderr) == ("raise" in what) and ("no" in done.stderr) == ("no" in what)
 
 
 def test_what_nothing_reads_is_told(tmp_path: Path) -> None:
