@@ -395,12 +395,13 @@ def _remove_if_empty(directory: Path) -> None:
 
 
 def _refuse(e: UserError) -> NoReturn:
-    """Leave with a mistake. One that each of several processes finds by itself, the first tells."""
+    """Leave with a mistake. One that each of several processes finds by itself, the first tells; its end is theirs."""
     from alignkit import processes
 
-    if not processes.first() and not processes.met:
+    if not processes.first():
         time.sleep(FIRST_TELLS)
-        sys.exit(2)
+        if not processes.met:
+            sys.exit(2)
     _leave(f"error: {e}", 2)
 
 

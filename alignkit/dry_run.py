@@ -1,8 +1,7 @@
 """``alignkit train … --dry-run``: everything that a run does before its first step, and what it would need. Nothing is written.
 
-Models are built on torch's meta device: they have their shapes, and no weights. So what is said of memory is an estimate, made
-as the lines themselves say; that of activations is 34 bytes a token, layer and width in 16 bits (arXiv 2205.05198, without the
-attention matrix, which is not kept), twice that in float32. ``gpus.py`` says what is assumed of GPUs.
+Models are built on torch's meta device: they have their shapes, and no weights. So what is said of memory is an estimate, which
+``estimate.py`` makes of the shapes.
 """
 
 from __future__ import annotations
@@ -26,60 +25,30 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from alignkit import gpus, processes
-from alignkit.config import SHARED, check, whole
+from alignkit.config import check, whole
 from alignkit.data import Data, Row
 from alignkit.errors import UserError
+from alignkit.estimate import (
+    BYTES,
+    Held,
+    Lengths,
+    Phases,
+    beside,
+    most_of,
+    needs,
+    offloaded,
+    own_parameters,
+    samples_of,
+    shared,
+    steps_of,
+    work_of,
+)
 from alignkit.report.collect import _flat, differing
 from alignkit.sweep import Sweep, label
 
 LOOKED_AT = 512  # rows whose lengths are measured: the longest, by characters, and others spread evenly
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher"
 SMALL = 1e9  # bytes that every GPU has: of a run that needs less, there is no table of them
-
-
-@dataclass
-class Layers:
-    """Of a model's layers, in parameters."""
-
-    parameters: int
-    trained: int
-    largest: int  # one of them
-
-
-@dataclass
-class Held:
-    """A model in memory."""
-
-    what: str
-    parameters: int
-    trained: int
-    width: int  # bytes of a weight
-    layers: Layers | None = None  # those that ``run.shard`` parts among the processes
-
-    @property
-    def weights(self) -> float:
-        return self.parameters * self.width
-
-    def part(self, count: int) -> float:
-        """Bytes of what one of ``count`` processes keeps of the weights with ``run.shard``: all that is no layer, its part of these."""
-        kept = self.parameters - (self.layers.parameters * (1 - 1 / count) if self.layers else 0)
-        return kept * self.width
-
-    def trained_part(self, count: int) -> float:
-        """The same of the trained weights: so much are their gradients, and twice that AdamW's moments."""
-        kept = self.trained - (self.layers.trained * (1 - 1 / count) if self.layers else 0)
-        return kept * self.width
-
-
-@dataclass
-class Lengths:
-    """Tokens of the rows that were looked at."""
-
-    prompt: float = 0.0  # mean
-    response: float = 0.0
-    longest_prompt: int = 0
-    longest: int = 0  # of prompt and response together
 
 
 @dataclass
@@ -109,6 +78,9 @@ def dry_run(cfg: DictConfig) -> None:
             return
     if _like_an_earlier_job(cfg):
         return
+    place = _there(Path(cfg.run.dir))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{cfg.run.dir} cannot be written, for {place} cannot. Choose another run.root or run.dir.")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     print(f"dry run of {cfg.name}, stage {cfg.stage}, seed {cfg.seed}: nothing is run and nothing is written.")
@@ -430,36 +402,6 @@ def _models(cfg: DictConfig, data: Data, algo: Any, train: list[Row], found: Fou
     return reader, beside(cfg, algo, reader)
 
 
-def beside(cfg: DictConfig, algo: Any, reader: Any) -> list[Held]:
-    """The models that a run holds beside the one that is trained or read."""
-    more = []
-    width = BYTES[cfg.model.dtype]
-    critic = getattr(algo, "critic", None) if cfg.stage == "rl" else None
-    if critic is not None:
-        from dataclasses import replace
-
-        built = replace(critic, path=None).build(reader.model)
-        own = [p for p in built.parameters() if p.requires_grad]
-        more.append(Held("critic", _count(built.parameters()), _count(own), width, _layers(built)))
-    all_of_it = _count(reader.model.parameters())
-    if (cfg.stage == "rl" and algo.wants_reference) or (cfg.stage == "pref" and algo.needs_reference):
-        if cfg.model.lora.r and cfg.stage == "rl":
-            pass  # the model itself with its adapters off
-        else:
-            name = "start model" if cfg.stage == "rl" else "start model (asked before the first step, then let go)"
-            more.append(Held(name, all_of_it, 0, width))
-    teacher = getattr(algo, "teacher_model", None)
-    if teacher is not None:
-        more.append(Held("teacher", _count(teacher.model.parameters()), 0, 4))
-    if reader.beside is not None:
-        maps = _count(reader.beside.parameters())
-        more.append(Held("maps to the teacher's width", maps, maps, width))
-    base = getattr(reader, "base", None)
-    if base is not None and hasattr(base, "model"):
-        more.append(Held("frozen base", _count(base.model.parameters()), 0, width))
-    return more
-
-
 def _build_reader(cfg: DictConfig, model: Any, algo: Any, texts: list[str]) -> Any:
     from alignkit import classifier, policy, reward_model
 
@@ -478,32 +420,11 @@ def _of_hub(cfg: DictConfig) -> bool:
     return any(p and not p.startswith(("bundled:", ".", "/", "~")) and not Path(p).exists() for p in named)
 
 
-def shared(cfg: DictConfig) -> tuple[int, bool]:
-    """(processes that share a run's passes, whether each holds a part of the layers alone)."""
-    if cfg.stage not in SHARED:
-        return 1, False
-    count = int(os.environ["WORLD_SIZE"]) if processes.several() else int(cfg.run.processes)
-    return count, bool(cfg.run.shard) and count > 1
-
-
-def _layers(model: Any) -> Layers:
-    """Those that ``sharding.Shards`` parts."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    found = [[*m.parameters()] for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    every = [p for one in found for p in one]
-    return Layers(_count(every), _count(p for p in every if p.requires_grad), max(map(_count, found), default=0))
-
-
 def _device(device: str) -> None:
     """Refuse a device that is not there, as a real run does."""
     from alignkit.loading import device_of
 
     device_of(device)
-
-
-def _count(parameters: Any) -> int:
-    return sum(p.numel() for p in parameters)
 
 
 def _lengths(reader: Any, rows: list[Row], data: Data) -> Lengths:
@@ -538,7 +459,7 @@ def _lengths(reader: Any, rows: list[Row], data: Data) -> Lengths:
 
 
 def _say_models(reader: Any, cfg: DictConfig, more: list[Held], found: Found) -> None:
-    all_of_it, trained = _own(reader, cfg)
+    all_of_it, trained = own_parameters(reader, cfg)
     what = cfg.model.path or "built from scratch"
     how = "none is trained" if not trained else "all trained" if trained == all_of_it else f"{trained:,} trained"
     kind = f"{reader.model.config.model_type}, {reader.kind}"
@@ -548,39 +469,6 @@ def _say_models(reader: Any, cfg: DictConfig, more: list[Held], found: Found) ->
             "frozen" if not one.trained else "trained" if one.trained == one.parameters else f"{one.trained:,} trained"
         )
         found.say("beside it", f"{one.what}: {one.parameters:,} parameters, {how}.")
-
-
-def _own(reader: Any, cfg: DictConfig) -> tuple[int, int]:
-    """(parameters, those that are trained) of the model itself."""
-    from alignkit.launch import EVALUATES
-
-    parameters = list(reader.model.parameters())
-    frozen = cfg.stage in EVALUATES or cfg.stage == "refine"
-    return _count(parameters), 0 if frozen else _count(p for p in parameters if p.requires_grad)
-
-
-def steps_of(cfg: DictConfig, algo: Any, rows: int) -> int | None:
-    """Steps of the training loop, where the stage has one and the rows are known."""
-    if cfg.stage == "rl":
-        return int(algo.steps)
-    if cfg.stage in ("sft", "pref", "rm", "distill", "select", "trl") and (rows or algo.steps):
-        steps = int(algo.steps_over(rows))
-        if cfg.stage == "select":
-            algo.phase_ends(steps)  # refuses more phases than steps
-            return steps * int(algo.episodes_)
-        return steps
-    if cfg.stage == "refine" and rows:
-        return math.ceil(rows / algo.rows_per_part)
-    return None
-
-
-def samples_of(algo: Any) -> tuple[int, str]:
-    """(samples of an input at most, how that is known) of a method that samples."""
-    for name in ("k_max", "k", "n", "samples"):
-        value = getattr(algo, name, None)
-        if isinstance(value, int):
-            return value, f"algo.{name}"
-    return 1, "one each"
 
 
 def _say_steps(
@@ -652,102 +540,6 @@ def _tested(cfg: DictConfig) -> str:
     return "before and after" if cfg.model.path or cfg.stage == "rl" else "after"
 
 
-Phases = dict[str, list[tuple[str, float]]]
-
-
-def needs(cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Lengths, sides: int = 1) -> Phases:
-    """Phase → (what, bytes): what is held, and what the largest micro-batch needs besides; an estimate.
-
-    Args:
-        sides: responses a row that are learned from.
-    """
-    all_of_it, trained = _own(reader, cfg)
-    width = BYTES[cfg.model.dtype]
-    count, part = shared(cfg)
-    own = Held("model", all_of_it, trained, width, _layers(reader.model) if part else None)
-    computing = 2 if cfg.model.compute == "bfloat16" else width
-    cast = all_of_it * 2.0 if computing < width else 0.0
-    asked = [one for one in more if "then let go" in one.what]
-    models = [own, *(one for one in more if one not in asked)]
-    weights = sum(one.weights for one in models)
-    gradients = sum(one.trained_part(count if part else 1) for one in models)
-    moments = 2 * gradients
-    layered = [one for one in models if part and one.layers is not None]
-    vocabulary = int(getattr(reader.model.config, "vocab_size", 0) or 0)
-    layers, size = reader.depth * (2 if reader.kind == "seq2seq" else 1), reader.width
-    phases: Phases = {}
-    learned = [("moments", moments)] if moments and not cfg.run.offload else []
-    held = [
-        ("weights", weights),
-        *(
-            [
-                (
-                    "its part of the layers",
-                    sum(one.layers.parameters * one.width / count for one in layered if one.layers),
-                )
-            ]
-            if layered
-            else []
-        ),
-        *learned,
-        *([("bfloat16 copy", cast)] if cast else []),
-    ]
-    if asked:
-        phases["start model"] = [*held, ("its weights", sum(one.weights for one in asked))]
-    new = cfg.evaluate.max_new_tokens if cfg.stage != "rl" and cfg.stage != "refine" else algo.max_new_tokens
-    new += getattr(algo, "max_feedback_tokens", 0)  # behind the draft
-    if cfg.stage in ("rl", "refine", "evaluate") or (cfg.stage in ("sft", "pref") and cfg.evaluate.every):
-        if cfg.stage == "rl":
-            at_once = -(-algo.prompts_per_step // count) * samples_of(algo)[0]
-        elif cfg.stage == "refine":
-            at_once = algo.rows_per_part * samples_of(algo)[0]
-        else:
-            at_once = -(-cfg.evaluate.batch_size // count)
-        cache = at_once * (lengths.longest_prompt + new) * _cached(reader) * computing
-        name = "sample" if cfg.stage in ("rl", "refine") else "evaluate"
-        phases[name] = [*held, (f"cache of {at_once} responses at full length", cache)]
-    if trained:
-        budget = int(algo.micro_tokens)
-        rows = algo.batch_size * sides if hasattr(algo, "batch_size") else algo.prompts_per_step * samples_of(algo)[0]
-        longest = lengths.longest_prompt + algo.max_new_tokens if cfg.stage == "rl" else lengths.longest
-        tokens = max(longest, min(budget, rows * max(1, longest) // count))
-        deep = 17 * computing
-        if cfg.model.gradient_checkpointing:
-            activations = tokens * size * (layers * computing + deep)
-        else:
-            activations = tokens * layers * size * deep
-        writes = cfg.stage in ("sft", "pref", "rl") or (
-            cfg.stage in ("distill", "select") and not hasattr(reader, "labels")
-        )
-        logits = 2 * tokens * vocabulary * computing if writes else 0
-        if cast and cfg.model.gradient_checkpointing:  # a layer that is computed anew is cast for its own pass alone
-            mine = _layers(reader.model)
-            cast = 2.0 * (all_of_it - mine.parameters + mine.largest)
-            held = [*held[:-1], ("bfloat16 copy", cast)]
-        if layered and not {"sample", "evaluate"} & phases.keys():  # these have all layers, as saving has
-            phases["save"] = [(what, amount) for what, amount in held if what != "bfloat16 copy"]
-        if layered:  # together for their own passes alone; what autograd keeps of a layer's cast it keeps until its backward pass
-            one_layer = max(one.layers.largest for one in layered if one.layers)
-            held = [
-                ("its part of the weights", sum(one.part(count) if one in layered else one.weights for one in models)),
-                ("two layers together and the gradient of one", 3.0 * one_layer * width),
-                *learned,
-                *([("bfloat16 copy", cast)] if cast else []),
-            ]
-        phases["update"] = [
-            *held, ("gradients", gradients), (f"activations of {tokens:,} tokens", activations),
-            *([("their logits and the gradient of these", logits)] if logits else []),
-        ]  # fmt: skip
-    return phases
-
-
-def offloaded(cfg: DictConfig, reader: Any, more: list[Held]) -> float:
-    """Bytes of the processor's memory that ``run.offload`` takes: of each trained weight a copy, its gradient and two moments."""
-    count, part = shared(cfg)
-    own = Held("model", *_own(reader, cfg), BYTES[cfg.model.dtype], _layers(reader.model) if part else None)
-    return sum(4 * one.trained_part(count if part else 1) for one in (own, *more))
-
-
 def _say_memory(phases: Phases, found: Found) -> None:
     for name, parts in phases.items():
         text = ", ".join(f"{what} {_size(amount)}" for what, amount in parts)
@@ -758,66 +550,6 @@ def _say_memory(phases: Phases, found: Found) -> None:
             "            token, layer and width in 16 bits (68 in float32), at the longest rows and the full micro-batch; not what the\n"
             "            libraries and the allocator hold themselves."
         )
-
-
-def _cached(reader: Any) -> int:
-    """Numbers that decoding keeps of a token: keys and values of every layer."""
-    config = reader.model.config
-    heads = getattr(config, "num_key_value_heads", None)
-    head = getattr(config, "head_dim", None) or reader.width // max(1, getattr(config, "num_attention_heads", 1) or 1)
-    return int(reader.depth * 2 * (heads * head if heads else reader.width))
-
-
-def work_of(
-    cfg: DictConfig, algo: Any, reader: Any, more: list[Held], lengths: Lengths, rows: int, sides: int
-) -> gpus.Work | None:
-    """What a run computes, at most: every response at full length, evaluation, rewards by rule and requests not counted. Of a run
-    that several processes share, what one of them does.
-
-    Of an encoder–decoder half the weights see the prompt, half the response.
-
-    Args:
-        sides: responses a row that are learned from.
-    """
-    steps = steps_of(cfg, algo, rows)
-    if steps is None or cfg.stage == "select" or not lengths.longest:
-        return None
-    all_of_it, trained = _own(reader, cfg)
-    among, _ = shared(cfg)
-    half = 2 if reader.kind == "seq2seq" else 1
-    learn = 4 * all_of_it + 2 * trained + (2 * all_of_it if cfg.model.gradient_checkpointing else 0)
-    learn += sum(6 * one.parameters for one in more if one.trained)
-    ask = sum(2 * one.parameters for one in more if not one.trained)
-    width = 2 if cfg.model.compute == "bfloat16" else BYTES[cfg.model.dtype]
-    work = gpus.Work()
-    if cfg.stage in ("rl", "refine"):
-        new, count = algo.max_new_tokens, samples_of(algo)[0]
-        if hasattr(algo, "max_feedback_tokens"):  # criticises itself: the draft, and each rewrite anew
-            new += (algo.rounds + 1) * algo.max_feedback_tokens
-        prompts = -(-algo.prompts_per_step // among) if cfg.stage == "rl" else algo.rows_per_part  # whole groups
-        if getattr(algo, "drafts", None):
-            return None  # the drafts are there already
-        work = gpus.decoding(
-            steps, prompts * count, lengths.prompt, new, all_of_it // half, _cached(reader) * width, width
-        )
-        work.operations = steps * prompts * lengths.prompt * 2 * all_of_it / half
-        tokens = steps * prompts * count * (lengths.prompt + new)
-        if cfg.stage == "rl":
-            tokens = steps * algo.prompts_per_step * count * (lengths.prompt + new) / among
-            ask += sum(2 * one.parameters for one in more if one.trained)  # values, before the update
-            work.operations += tokens * (ask + algo.epochs * learn) / half
-        else:
-            work.operations += tokens * ask / half
-    else:
-        tokens = steps * algo.batch_size * sides * (lengths.prompt + lengths.response) / among
-        work.operations = tokens * (ask + learn) / half
-    work.bfloat16 = width == 2
-    return work
-
-
-def most_of(phases: Phases) -> dict[str, float]:
-    """Phase → bytes."""
-    return {name: sum(amount for _, amount in parts) for name, parts in phases.items()}
 
 
 def _say_processes(cfg: DictConfig, algo: Any, found: Found) -> None:
@@ -881,17 +613,14 @@ def _say_disk(cfg: DictConfig, reader: Any, more: list[Held], found: Found) -> N
 
     if cfg.stage in EVALUATES or cfg.stage == "refine":
         return
-    all_of_it, trained = _own(reader, cfg)
+    all_of_it, trained = own_parameters(reader, cfg)
     width = BYTES[cfg.model.dtype]
     critics = [one for one in more if one.trained]
     saved = (trained if cfg.model.lora.r else all_of_it) * width
     state = 2 * trained * width + sum(3 * one.trained * width for one in critics)
     count = cfg.run.keep + (0 if cfg.stage == "select" else 1) + 1
     need = count * (saved + state) + (0 if cfg.stage == "select" else all_of_it * width)
-    place = Path(cfg.run.dir).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_there(Path(cfg.run.dir))).free
     found.say(
         "disk",
         f"about {_size(need)}: {count} checkpoints of {_size(saved + state)} (run.keep={cfg.run.keep}, the best, one being written) and "
@@ -901,6 +630,12 @@ def _say_disk(cfg: DictConfig, reader: Any, more: list[Held], found: Found) -> N
         found.lines.append(
             "            warning: they do not fit. Free some space, keep fewer, or choose another run.root."
         )
+
+
+def _there(path: Path) -> Path:
+    """The part of it that exists."""
+    path = path.absolute()
+    return path if path.exists() else _there(path.parent)
 
 
 def _size(amount: float) -> str:

@@ -24,6 +24,7 @@ SHOW_ALONE = (
     "origins.py",
     "unread.py",
     "dry_run.py",
+    "estimate.py",
 )  # they speak of settings, and use none
 
 

@@ -317,9 +317,14 @@ def equip(launcher: DictConfig, processes: int, on_gpus: bool) -> list[str]:
     Returns:
         What is asked for because nothing was set, and warnings of what was set too low, in words.
     """
+    tasks = launcher.get("tasks_per_node") or 1
+    told = [] if tasks == 1 else [
+        f"warning: hydra.launcher.tasks_per_node={tasks}: each of them would run the whole job, and a run directory lets in one. Set 1; "
+        "run.processes=N starts N processes in the one task."
+    ]  # fmt: skip
     if processes == 1:
-        return []
-    told, slurm = [], launcher._target_.endswith(SLURM)
+        return told
+    slurm = launcher._target_.endswith(SLURM)
     more = launcher.get("additional_parameters") or {}
     named = [launcher.get(k) for k in ("gpus_per_node", "gpus_per_task", "gres")]
     named += [more.get(k) for k in ("gpus", "gpus-per-node", "gpus_per_node", "gpus-per-task", "gpus_per_task", "gres")]

@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from alignkit import dry_run, gpus, launch
+from alignkit import dry_run, estimate, gpus, launch
 from alignkit.cli import hydra_words
 from alignkit.config import conf_dir, register
-from alignkit.dry_run import Held, Lengths
+from alignkit.estimate import Held, Lengths
 from alignkit.stages import pipeline
 
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "cluster.md"
@@ -76,7 +76,7 @@ def composed(*words: str) -> DictConfig:
         return cfg if not open_ else compose("config", hydra_words([*words, *(f"{key}=given" for key in open_)]))
 
 
-def estimate(
+def estimated(
     preset: str, step: str, shape: str, rows: int, lengths: Lengths, *words: str
 ) -> tuple[dict[str, float], gpus.Work]:
     """(bytes by phase, work) of one training."""
@@ -88,14 +88,14 @@ def estimate(
     model: Any = OmegaConf.to_object(cfg.model)
     model.path, model.config, model.device, model.tokenizer = None, SHAPES[shape], "meta", "bundled:translation"
     reader = dry_run._build_reader(cfg, model, algo, [])
-    more = dry_run.beside(cfg, algo, reader)
+    more = estimate.beside(cfg, algo, reader)
     if str(cfg.reward.get("_target_", "")).endswith(".Learned"):
         size = sum(p.numel() for p in reader.model.parameters())
-        more.append(Held("reward model", size, 0, dry_run.BYTES[cfg.reward.get("dtype", "float32")]))
+        more.append(Held("reward model", size, 0, estimate.BYTES[cfg.reward.get("dtype", "float32")]))
     sides = 2 if cfg.stage in ("pref", "rm") else 1
-    work = dry_run.work_of(cfg, algo, reader, more, lengths, rows, sides)
+    work = estimate.work_of(cfg, algo, reader, more, lengths, rows, sides)
     assert work is not None
-    return dry_run.most_of(dry_run.needs(cfg, algo, reader, more, lengths, sides)), work
+    return estimate.most_of(estimate.needs(cfg, algo, reader, more, lengths, sides)), work
 
 
 def table() -> str:
@@ -107,7 +107,7 @@ def table() -> str:
         "|---" * (5 + len(gpus.GPUS)) + "|",
     ]
     for preset, step, shape, rows, lengths, *words in CASES:
-        phases, work = estimate(preset, step, shape, rows, lengths, *words)
+        phases, work = estimated(preset, step, shape, rows, lengths, *words)
         need = ", ".join(f"{name} {amount / 1e9:,.0f}" for name, amount in phases.items())
         cells = []
         for gpu in gpus.GPUS:

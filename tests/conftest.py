@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 
 from alignkit.batch import Batch
 from alignkit.cli import main
@@ -51,6 +52,13 @@ CAUSAL = {
     "tie_word_embeddings": True,
     "initializer_range": 0.3,
 }
+
+
+@pytest.fixture(autouse=True)
+def forget_the_job() -> Iterator[None]:
+    """Hydra's, which it keeps for the rest of the process: a run of the next test would take it for its own."""
+    yield
+    HydraConfig.instance().cfg = None
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,9 @@ from running import SMALL_CAUSAL, SMALL_RL, SMALL_RUN, SMALL_SEQ2SEQ, SMALL_SFT,
 
 from alignkit import gpus
 from alignkit.config import SHARDED, SHARED, Model, check
-from alignkit.dry_run import Held, Layers, Lengths, _clock, _layers, _size, needs, steps_of, work_of
+from alignkit.dry_run import _clock, _size
 from alignkit.errors import UserError
+from alignkit.estimate import Held, Layers, Lengths, layers_in, needs, steps_of, work_of
 from alignkit.loading import device_of
 from alignkit.policy import load
 from alignkit.stages import pipeline
@@ -345,6 +346,20 @@ def test_a_job_asks_for_what_its_processes_need(
     clean(tmp_path)
 
 
+def test_more_tasks_than_one_are_warned_of(tmp_path: Path) -> None:
+    slurm = ["train", "-m", "hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=2", "--dry-run"]
+    done = command(*slurm, "+algo=ndr", "seed=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: hydra.launcher.tasks_per_node=2: each of them would run the whole job" in done.stdout
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = command("train", *FIT, "run.root=file/runs", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"cannot be written, for {tmp_path / 'file'} cannot. Choose another run.root" in done.stderr
+
+
 def test_what_is_asked_for_is_what_is_submitted(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for name, line in (("srun", "exit 1"), ("sbatch", f'cp "$1" {tmp_path}/given.sh; exit 1')):
@@ -439,7 +454,7 @@ def test_the_layers_are_those_that_the_processes_part(tmp_path: Path) -> None:
     model: Any = composed(["+algo=sft", *SMALL_CAUSAL]).model
     reader = load(Model(config=dict(model.config), vocab_size=300, device="cpu"), 0, ["a b c d e"] * 50)
     n = sum(p.numel() for p in reader.model.parameters())
-    held = Held("x", n, n, 1, _layers(reader.model))
+    held = Held("x", n, n, 1, layers_in(reader.model))
     assert n == found[0]["weights"]
     assert sum(held.part(3) for _ in found) == pytest.approx(sum(one["own"] for one in found))
 

@@ -200,6 +200,16 @@ def test_what_each_would_refuse_the_first_refuses(words: list[str], said: str, t
     assert not list(tmp_path.iterdir())
 
 
+def test_what_all_find_in_the_rows_the_first_tells(tmp_path: Path) -> None:
+    """They have met by then, so one could be alone in what it has found."""
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "a", "response": "b"}\n' * 3 + '{"prompt": "a"}\n', encoding="utf-8"
+    )
+    done = by_torchrun("+algo=sft", "data=custom", "data.train=rows.jsonl", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and "error: rows.jsonl, line 4: no column 'response'" in done.stderr
+
+
 def test_rows_are_shown_once_and_a_run_begins_anew_under_torchrun(tmp_path: Path) -> None:
     """What ``launch`` does of ``data.show`` and ``run.overwrite``: rows and nothing else; a run's requests are forgotten with it."""
     from alignkit.feedback import FILE, Account
