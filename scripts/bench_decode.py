@@ -1,7 +1,8 @@
-"""Sampling speed of alignkit against transformers' ``generate``, interleaved in one process.
+"""Sampling speed of alignkit against transformers' ``generate``, and of causal models its continuous batching, interleaved in one process.
 
-Each repeat decodes the same prompts with both, in alternating order, from texts to texts: tokenization, reading the
-prompts and decoding are all counted. alignkit also returns the log-probability of every token; ``generate`` does not.
+Each repeat decodes the same prompts with all, in alternating order, from texts to texts: tokenization, reading the
+prompts and decoding are all counted. alignkit also returns the log-probability of every token; ``generate`` does not, and
+continuous batching is asked for them. Its manager and cache are kept between repeats, with room for all responses at full length.
 
 Without ``--model``, an encoder–decoder and a causal model of about 3M random parameters are built, and a constant on the
 logit of the end-of-sequence token brings the mean length to about a third of the limit. ``--model PATH`` measures a
@@ -12,18 +13,22 @@ from __future__ import annotations
 
 import argparse
 import csv
+import logging
 import math
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from alignkit.config import Model
 from alignkit.data import read
 from alignkit.decode import Decode
 from alignkit.policy import Policy, load
 
+PAGE = 32  # tokens of a block of the cache
 LAYERS = {"encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
 RANDOM = {
     "encoder-decoder": {"model_type": "m2m_100", "d_model": 192, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512}
@@ -74,6 +79,26 @@ def by_transformers(policy: Policy, texts: list[str], args: argparse.Namespace, 
     return int((ended.cumsum(1) - ended == 0).sum())
 
 
+def by_continuous_batching(policy: Policy, texts: list[str], args: argparse.Namespace, seed: int) -> int:
+    """The same by ``generate_batch``."""
+    ids = [one[:-1] if one[-1] in policy.eos else one for one in policy.tokenizer(texts)["input_ids"]]
+    pages = -(-(max(map(len, ids)) + args.max_new_tokens) // PAGE) * len(ids) * args.samples
+    out = policy.model.generate_batch(
+        ids,
+        GenerationConfig(
+            do_sample=True, top_k=0, top_p=1.0, temperature=1.0, num_return_sequences=args.samples,
+            max_new_tokens=args.max_new_tokens, eos_token_id=policy.eos, pad_token_id=policy.pad,
+        ),
+        ContinuousBatchingConfig(
+            page_size=PAGE, num_blocks=pages, max_batch_tokens=PAGE * len(ids), return_logprobs=True, seed=seed
+        ),
+        persistent_manager=True,
+    )  # fmt: skip
+    found = [one.generated_tokens for one in out.values()]
+    policy.tokenizer.batch_decode(found, skip_special_tokens=True)
+    return sum(map(len, found))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a trained model: folder, run or bundled:NAME")
@@ -88,10 +113,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     every = [columns[args.column] for _, columns in read(args.data)]
     texts, lines = every[: args.prompts], []
-    ways = {"alignkit": by_alignkit, "transformers": by_transformers}
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     print(f"{len(texts)} prompts x {args.samples} samples, at most {args.max_new_tokens} new, {args.threads} thread(s)")
     for name in [args.model] if args.model else RANDOM:
         policy = load(Model(path=name), 0) if args.model else random_policy(name, every, args.max_new_tokens)
+        ways = {"alignkit": by_alignkit, "transformers": by_transformers}
+        if not policy.is_encoder_decoder:
+            ways["continuous"] = by_continuous_batching
         spent: dict[str, list[tuple[float, int]]] = {way: [] for way in ways}
         for repeat in range(-1, args.repeats):  # the first is the warm-up
             for way in list(ways)[:: 1 if repeat % 2 else -1]:
@@ -109,8 +137,11 @@ def main() -> None:
             seconds, rate = [s for s, _ in pairs], statistics.median(n / s for s, n in pairs)
             span = f"{min(seconds):.3f}–{max(seconds):.3f}"
             print(f"{way:14}{statistics.median(seconds):10.3f}{span:>16}{rate:10.0f}")
-        ratios = [b / a for (a, _), (b, _) in zip(spent["alignkit"], spent["transformers"], strict=True)]
-        print(f"{'time ratio':14}{statistics.median(ratios):10.2f}{f'{min(ratios):.2f}–{max(ratios):.2f}':>16}")
+        for way in [*ways][1:]:
+            ratios = [b / n * m / a for (a, m), (b, n) in zip(spent["alignkit"], spent[way], strict=True)]
+            print(
+                f"a token of {way} takes {statistics.median(ratios):.2f} times alignkit's, {min(ratios):.2f}–{max(ratios):.2f}"
+            )
     if args.csv:
         with args.csv.open("w", newline="", encoding="utf-8") as f:
             csv.writer(f).writerows([["model", "implementation", "repeat", "seconds", "tokens"], *lines])
