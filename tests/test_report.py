@@ -645,7 +645,7 @@ def test_no_such_run_suggests_the_one_beside_it(copies: Runs, cli: Cli) -> None:
 
 def test_compare_pairs_seeds_and_rows(runs: Runs, cli: Cli) -> None:
     code, out, _ = cli("compare", f"{root(runs)}/reinforce-*", f"{root(runs)}/grpo-*")
-    assert code == 0 and "Shared seeds: 0, 1." in out and "algo.normalize" in out
+    assert code == 0 and "Seeds in both: 0, 1." in out and "algo.normalize" in out
     a, b = ([lines(runs[m, s] / "outputs-after.jsonl") for s in SEEDS] for m in ("reinforce", "grpo"))
     rewards = [np.mean([e["reward"] for e in y]) - np.mean([e["reward"] for e in x]) for x, y in zip(a, b, strict=True)]
     line = next(x for x in out.splitlines() if x.strip().startswith("reward "))

@@ -83,7 +83,7 @@ def compare(a: Configuration, b: Configuration, how: str = "t") -> tuple[list[Ta
     )
     found = settings([a, b])
     tables += (
-        [found] if found else [Table("Settings that differ", ["setting", a.label, b.label], [], ["None but the seed."])]
+        [found] if found else [Table("Settings that differ", ["setting", a.label, b.label], [], ["None (the seed aside)."])]
     )
     spent = _ledgers(a, b)
     return [*tables, *([spent] if spent.rows else [])], warnings
@@ -157,7 +157,7 @@ def _spent(c: Configuration) -> dict[str, float]:
 def _notes(a: Configuration, b: Configuration) -> list[str]:
     shared = [run.seed for run in a.finished if run.seed in {other.seed for other in b.finished}]
     return [
-        f"{b.label} less {a.label} [95 % interval]; “noise”: the interval holds 0. Shared seeds: {', '.join(map(str, shared)) or 'none'}.",
+        f"{b.label} less {a.label} [95 % interval]; “noise”: the interval holds 0. Seeds in both: {', '.join(map(str, shared)) or 'none'}.",
         "Over seeds: what another training would give. Over rows: what other held-out rows would, of these very weights.",
     ]
 
