@@ -77,7 +77,11 @@ def state_of(optimizer: torch.optim.Optimizer, shards: Any) -> tuple[dict[str, A
 
 def own_name() -> str:
     """The file of this rank's rows, which in the order of the files' names are the whole."""
-    return f"moments-{ranks.rank() + 1:05d}-of-{ranks.size():05d}.safetensors"
+    return _name(ranks.rank() + 1, ranks.size())
+
+
+def _name(number: int, count: int) -> str:
+    return f"moments-{number:05d}-of-{count:05d}.safetensors"
 
 
 def load(optimizer: torch.optim.Optimizer, shards: Any, folder: Path) -> None:
@@ -89,7 +93,12 @@ def load(optimizer: torch.optim.Optimizer, shards: Any, folder: Path) -> None:
     """
     # a GPU may have no room for all of it
     state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    files = [safe_open(file, "pt") for file in sorted(folder.glob("moments-*.safetensors"))]
+    there_are = sorted(folder.glob("moments-*.safetensors"))
+    count = int(there_are[-1].stem.rpartition("-")[2]) if there_are else 0
+    for i in range(1, count + 1):
+        if not (folder / _name(i, count)).exists():
+            raise ValueError(f"{_name(i, count)} is missing: the moments of AdamW are not whole")
+    files = [safe_open(file, "pt") for file in there_are]
     names = {key.partition(".")[2] for file in files for key in file.keys()}  # noqa: SIM118
     there = set(files[0].keys()) if files else set()
     for i, p in enumerate(_weights(optimizer)):

@@ -45,6 +45,7 @@ VERBS = (
     "train", "evaluate", "claim", "verify-resume", "report", "compare", "diff", "table", "list", "show", "explain", "from-trl",
     "completion", "doctor",
 )  # fmt: skip
+LAUNCHERS = ("basic", "joblib", "submitit_local", "submitit_slurm")
 MODULES = {"verify-resume": "verify", "from-trl": "from_trl"}  # where a verb's is not called like it
 
 
@@ -118,6 +119,11 @@ def _dispatch(words: list[str]) -> None:
 
 def train(words: list[str]) -> None:
     """Hand the words to Hydra, which composes the configuration and calls ``launch`` once a job."""
+    if {"-m", "--multirun"} & {*words} and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "a sweep runs in one process, which starts the jobs. Start it without torchrun or accelerate; run.processes=N starts N "
+            "processes of this machine for each job."
+        )
     dry, words = "--dry-run" in words, [w for w in words if w != "--dry-run"]
     words = hydra_words(words)
     flags = {w.partition("=")[0] for w in words if w.startswith("-")}
@@ -192,6 +198,9 @@ def uncomposed(e: Exception, words: list[str]) -> str:
     part = re.search(r"Could not override '(\w+)@algo\.", str(e))
     if part:
         return f"{part[1]}=…: this method takes no {part[1]}. `alignkit show NAME` prints its settings."
+    launcher = re.search(r"Could not find 'hydra/launcher/([\w-]+)'", str(e))
+    if launcher:
+        return f"hydra/launcher={launcher[1]}: there is no such launcher.{suggest(launcher[1], LAUNCHERS)}"
     typed = next((x for x in (e, e.__cause__, e.__context__) if isinstance(x, ValidationError) and x.full_key), None)
     wanted = None if typed is None else type_of(str(typed.full_key))
     if typed is not None and wanted is not None:
@@ -223,12 +232,22 @@ def _dry(cfg: object) -> None:
 
 def _alone(cfg: object) -> float | None:
     """The job of a single run: a mistake or a stop leaves the process with one message."""
+    from alignkit import processes
+
     try:
         return _job(cfg)
     except UserError as e:
         _refuse(e)
     except Stopped as e:
         _leave(f"\n{e}", 130)
+    except RuntimeError as e:
+        if not processes.several() or not processes.left(e):
+            raise
+        time.sleep(FIRST_TELLS)
+        _leave(
+            f"error: another process is gone ({(str(e).splitlines() or [type(e).__name__])[0]}); see what that one says.",
+            processes.LEFT,
+        )
     return None
 
 

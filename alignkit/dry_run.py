@@ -182,7 +182,7 @@ def launching(name: str, given: dict[str, Any], jobs: int, at_once: int, several
     if name == "submitit_local":
         n = given["tasks_per_node"] * several
         seen = (
-            f"each sees the first {given['gpus_per_node']} GPUs of this machine"
+            f"each sees GPUs of this machine: {given['gpus_per_node']}, the first ones"
             if given["gpus_per_node"]
             else "none sees a GPU (hydra.launcher.gpus_per_node=1 shows each of them the first)"
         )

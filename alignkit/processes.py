@@ -67,10 +67,17 @@ def ending() -> Iterator[None]:
         os._exit(code)
 
 
+def left(e: RuntimeError) -> bool:
+    """Whether a process has failed only because another one is gone."""
+    from alignkit.ranks import Elsewhere
+
+    return isinstance(e, Elsewhere) or "gloo" in str(e).lower() or "nccl" in str(e).lower()
+
+
 def how_to_go_on(cfg: DictConfig) -> str:
     """What repeating the command of a run that has ended early will do."""
     home = Path(cfg.run.dir)
-    saved = any(home.glob("checkpoint-*[0-9]/state/run.json")) or (home / "parts" / "run.json").exists()
+    saved = any(home.glob("checkpoint-*[1-9]*/state/run.json")) or (home / "parts" / "run.json").exists()
     repeat = f"Repeat the command{' without run.overwrite=true' if cfg.run.overwrite else ''}"
     if cfg.stage == "pipeline":
         inside = [*home.glob("*/result.json"), *home.glob("*/checkpoint-*[0-9]"), *home.glob("*/parts/run.json")]
@@ -198,7 +205,7 @@ def _take_part() -> None:
         _leave(file, e)
         sys.exit(130 if isinstance(e, Stopped) else 2)
     except RuntimeError as e:
-        if not isinstance(e, Elsewhere) and "gloo" not in str(e).lower() and "nccl" not in str(e).lower():
+        if not left(e):
             raise
         if not isinstance(e, Elsewhere):
             _leave(file, e)

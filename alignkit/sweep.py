@@ -132,13 +132,13 @@ class Sweep(Callback):
         _current = self
         self.slurm = config.hydra.launcher._target_.endswith(SLURM)
         self.processes = processes_of(config, self.jobs)
-        launcher = config.hydra.launcher
+        launcher, told = config.hydra.launcher, same_run(self.jobs)
         if "submitit" not in launcher._target_:
-            return []
+            return told
         with open_dict(config):
             if launcher.name == config.hydra.job.name and not any(w.startswith("hydra.job.name=") for w in self.words):
                 launcher.name = f"alignkit-{self.name}"
-            return equip(launcher, self.processes, config.model.device != "cpu")
+            return [*told, *equip(launcher, self.processes, config.model.device != "cpu")]
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if self.folder is None:
@@ -245,8 +245,10 @@ class Sweep(Callback):
             print(f"warning: the record of the sweep could not be written ({e.strerror}).", file=sys.stderr)
         print(f"\n{self.report()}\n\nfiles: {self.folder}", flush=True)
         if self.outlives and (stopped or error):
+            here = "" if self.slurm else "The jobs that Ctrl-C has reached too stop after their step. "
             print(
-                "Jobs that run or wait in the queue go on, and write into these files when they end.", file=sys.stderr
+                f"{here}Jobs that run or wait in the queue go on, and write into these files when they end.",
+                file=sys.stderr,
             )
         if error is not None:
             print(f"error: the sweep broke off: {one_line(error)}", file=sys.stderr)
@@ -309,6 +311,27 @@ def processes_of(config: DictConfig, jobs: dict[int, dict[str, Any]]) -> int:
     inside = OmegaConf.to_container(OmegaConf.masked_copy(config, ["steps", "more"]))  # words of a pipeline's steps
     words = json.dumps([inside, [job["overrides"] for job in jobs.values()]])
     return max([config.run.processes, *(int(n) for n in re.findall(r"\brun\.processes=(\d+)", words))])
+
+
+def same_run(jobs: dict[int, dict[str, Any]]) -> list[str]:
+    """A warning, in words, of jobs that would be one run in one directory: that differ in ``run.*`` alone."""
+    seen: dict[tuple[str, ...], int] = {}
+    for number, job in jobs.items():
+        words = [str(w).lstrip("+") for w in job["overrides"]]
+        if any(w.startswith(("run.root=", "run.dir=")) and "${" in w for w in words):
+            return []
+        own = tuple(
+            sorted(w for w in words if not w.startswith("run.") or w.startswith(("run.root=", "run.dir=", "run.name=")))
+        )
+        earlier = seen.setdefault(own, number)
+        if earlier != number:
+            apart = {w.partition("=")[0] for w in {*words} ^ {str(w).lstrip("+") for w in jobs[earlier]["overrides"]}}
+            which = ", ".join(sorted(apart)) or "nothing"
+            return [
+                f"warning: jobs {earlier} and {number} differ in {which} alone, which makes no other run: they have one directory, and the "
+                "second finds the first one's result, or its lock. Give each its own, as with 'run.root=runs/${run.processes}'."
+            ]
+    return []
 
 
 def equip(launcher: DictConfig, processes: int, on_gpus: bool) -> list[str]:

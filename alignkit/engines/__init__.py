@@ -115,8 +115,13 @@ def build(cfg: DictConfig, algo: Any) -> Engine | None:
         raise UserError(
             f"engine.truncate: {cfg.name} has no loss that weighs tokens by their advantages. Leave it null."
         )
-    if _kind(cfg) not in ("causal", None):
-        raise UserError("engine: draws from causal models alone; this one is another. Take engine=transformers.")
+    kind = _kind(cfg)
+    if kind not in ("causal", None):
+        what = "an encoder–decoder" if kind == "seq2seq" else "an encoder"
+        raise UserError(
+            f"engine: vLLM draws from causal models alone, and this one is {what}. Take engine=transformers, or another model "
+            "(model=tiny_causal, say)."
+        )
     engine.ready()
     return engine
 

@@ -83,7 +83,9 @@ def compare(a: Configuration, b: Configuration, how: str = "t") -> tuple[list[Ta
     )
     found = settings([a, b])
     tables += (
-        [found] if found else [Table("Settings that differ", ["setting", a.label, b.label], [], ["None (the seed aside)."])]
+        [found]
+        if found
+        else [Table("Settings that differ", ["setting", a.label, b.label], [], ["None (the seed aside)."])]
     )
     spent = _ledgers(a, b)
     return [*tables, *([spent] if spent.rows else [])], warnings

@@ -739,6 +739,7 @@ def _gap(gap: Estimate | None, name: str) -> Cell:
 
 
 def _signed(value: float, name: str, spread: float = 0.0) -> str:
+    value = 0.0 if abs(value) < 1e-12 else value  # rounding, as of two means that are equal
     text = number(abs(value), name, spread)
     return text if not float(text.replace(",", "")) else ("+" if value > 0 else "-") + text
 
