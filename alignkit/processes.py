@@ -86,7 +86,7 @@ def run(cfg: DictConfig, count: int) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="alignkit-", ignore_cleanup_errors=True) as folder:
         given = Path(folder) / "given.json"
-        told = {"cfg": OmegaConf.to_yaml(cfg), "argv": sys.argv, "given": unread.given(cfg)}
+        told = {"cfg": OmegaConf.to_yaml(cfg), "argv": sys.argv, "given": unread.given(cfg), "starter": os.getpid()}
         given.write_text(json.dumps(told), encoding="utf-8")
         given.chmod(0o600)
         os.chmod(folder, 0o711)  # a server of another user may be given a folder of weights in it
@@ -183,8 +183,9 @@ def main() -> None:
 def _take_part() -> None:
     """Run; a mistake or a stop is left in a file for the one that has started it."""
     file = Path(sys.argv[1])
-    threading.Thread(target=_end_with, args=(os.getppid(), file.parent), daemon=True).start()
     given = json.loads(file.read_text(encoding="utf-8"))
+    # not os.getppid(): it may be gone already, and then this would go on without its lock
+    threading.Thread(target=_end_with, args=(given["starter"], file.parent), daemon=True).start()
     sys.argv = given["argv"]
     from alignkit.config import Config, register
     from alignkit.launch import share_in

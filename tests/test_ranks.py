@@ -271,6 +271,19 @@ def test_a_killed_process_leaves_nothing_in_the_temporary_folder(tmp_path: Path)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
 
 
+def test_they_end_where_the_starter_is_gone_before_they_have_begun(tmp_path: Path) -> None:
+    process = started(tmp_path, *LATE)
+    until(lambda: len(children(process.pid)) == 2, process)
+    both = children(process.pid)
+    process.kill()
+    try:
+        process.communicate(timeout=60)  # they hold its streams, until they are gone
+    except subprocess.TimeoutExpired:
+        for one in both:
+            os.kill(one, signal.SIGKILL)
+        raise
+
+
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     done = command("train", *METHODS["esrl"], f"run.root={tmp_path}", "run.processes=2", "algo.max_new_tokens=100000")
     assert done.returncode == 2
