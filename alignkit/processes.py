@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import io
 import json
 import os
 import shutil
@@ -42,9 +44,9 @@ def first() -> bool:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """All that a process does. One that has met others ends here, with the exit code that it would have had, and without Python's own
-    end: a group of processes that FSDP2 has used is never let go, and one of its threads that still holds a tensor by then aborts
-    (pytorch issue 190489)."""
+    """All that a process does. One that has met others ends here, with the exit code that it would have had, and without the rest of
+    Python's own end: a group of processes that FSDP2 has used is never let go, and one of its threads that still holds a tensor by
+    then aborts (pytorch issue 190489). Threads, exit handlers and open files come to theirs as ever."""
     code = 0
     try:
         yield
@@ -60,11 +62,15 @@ def ending() -> Iterator[None]:
             else:
                 sys.excepthook(type(e), e, e.__traceback__)
     if met:
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # closed, or no one reads it
-                stream.flush()
-        os._exit(code)
+        try:
+            threading._shutdown()  # type: ignore[attr-defined]  # waits for those that are no daemons, and for executors
+            atexit._run_exitfuncs()
+            opened = [x for x in gc.get_objects() if issubclass(type(x), io.IOBase)]  # a reward may keep its log open
+            for stream in (*opened, sys.stdout, sys.stderr):
+                with suppress(Exception):  # closed, or no one reads it
+                    stream.flush()
+        finally:
+            os._exit(code)
 
 
 def how_to_go_on(cfg: DictConfig) -> str:
@@ -198,6 +204,8 @@ def _take_part() -> None:
     except (UserError, Stopped) as e:
         _leave(file, e)
         sys.exit(130 if isinstance(e, Stopped) else 2)
+    except SystemExit as e:  # of a reward or a library: with 0 it would pass for one that is through
+        raise RuntimeError(f"the run left the process with exit code {e.code}") from e
     except RuntimeError as e:
         if not isinstance(e, Elsewhere) and "gloo" not in str(e).lower() and "nccl" not in str(e).lower():
             raise

@@ -291,6 +291,21 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_one_that_leaves_with_no_error_is_no_success(tmp_path: Path) -> None:
+    """A reward that calls ``sys.exit``, as a library may, on all of them."""
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "leaves.yaml").write_text("_target_: leaves.Leaves\n", encoding="utf-8")
+    (tmp_path / "leaves.py").write_text(
+        "import sys\n\n\nclass Leaves:\n    def __call__(self, batch):\n        sys.exit(0)\n", encoding="utf-8"
+    )
+    words = [w for w in METHODS["reinforce"] if w != "reward=chrf"]
+    done = command(
+        "train", "--config-dir", str(tmp_path), *words, "reward=leaves", f"run.root={tmp_path}", "run.processes=2"
+    )
+    assert done.returncode == 2
+    assert "the run left the process with exit code 0" in done.stderr and "result.json" not in done.stderr
+
+
 def test_one_that_hangs_ends_all_with_its_stack(tmp_path: Path) -> None:
     """A reward that never comes back on one rank: the watchdog writes where it stands."""
     (tmp_path / "reward").mkdir()
@@ -389,16 +404,24 @@ def test_no_thread_is_in_the_way_of_the_end(tmp_path: Path, by: str) -> None:
 )
 def test_one_that_has_met_others_ends_as_it_would_have(tmp_path: Path, what: str, code: int) -> None:
     script = f"""
-import atexit, sys
+import atexit, sys, threading, time
 from alignkit import processes
 from alignkit.errors import Stopped
 processes.met = True
+def write():
+    time.sleep(1)
+    kept.write("written late")
 with processes.ending():
     atexit.register(print, "tidied")
     print("said")
+    kept = open("kept.txt", "w")
+    threading.Thread(target=write).start()
     {what}
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, cwd=tmp_path, check=False
+    )
+    assert (tmp_path / "kept.txt").read_text() == "written late"
     assert done.returncode == code and done.stdout == "said\ntidied\n"
     assert ("Stopped: no" in done.stderr) == ("raise" in what) and ("no" in done.stderr) == ("no" in what)
 
