@@ -210,6 +210,19 @@ def test_what_all_find_in_the_rows_the_first_tells(tmp_path: Path) -> None:
     assert done.stderr.count("error: ") == 1 and "error: rows.jsonl, line 4: no column 'response'" in done.stderr
 
 
+def test_a_damaged_checkpoint_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
+    """torchrun ends the others while they wait for the first one to tell."""
+    words = [*METHODS["reinforce"], "evaluate.every=0", "evaluate.test=false", "run.root=runs"]
+    folder = tmp_path / "runs" / Path(composed(words).run.dir).name
+    train(tmp_path / "runs", *words[:-1])
+    (folder / "result.json").unlink()
+    (folder / "checkpoint-5" / "state" / "run.json").write_text("{")
+    (tmp_path / "scratch").mkdir()
+    done = by_torchrun(*words, cwd=tmp_path, TMPDIR=str(tmp_path / "scratch"))
+    assert done.returncode != 0 and done.stderr.count("checkpoint-5 is damaged") == 1
+    assert not list((tmp_path / "scratch").glob("alignkit-*"))
+
+
 def test_rows_are_shown_once_and_a_run_begins_anew_under_torchrun(tmp_path: Path) -> None:
     """What ``launch`` does of ``data.show`` and ``run.overwrite``: rows and nothing else; a run's requests are forgotten with it."""
     from alignkit.feedback import FILE, Account
