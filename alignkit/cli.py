@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -406,11 +406,16 @@ def _data_of(run: Path) -> list[str]:
 
 
 def _remove_if_empty(directory: Path) -> None:
-    """Take back a directory in which a start has left its record, but no step and no result."""
+    """Take back a directory in which a start has left its record, but no step and no result; not one in which another process
+    works, which may just have begun."""
     import shutil
 
-    if directory.is_dir() and all(p.name in RECORD for p in directory.iterdir()):
-        shutil.rmtree(directory, ignore_errors=True)  # of several processes, others may do so too
+    from alignkit.launch import locked
+
+    if directory.is_dir():
+        with suppress(UserError), locked(directory):
+            if all(p.name in RECORD for p in directory.iterdir()):
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def _refuse(e: UserError) -> NoReturn:

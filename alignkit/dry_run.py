@@ -78,14 +78,17 @@ def dry_run(cfg: DictConfig) -> None:
             return
     if _like_an_earlier_job(cfg):
         return
-    place = _there(Path(cfg.run.dir))
+    found, place = Found(), _there(Path(cfg.run.dir))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{cfg.run.dir} cannot be written, for {place} cannot. Choose another run.root or run.dir.")
+        if Launching.sweep is None or not Launching.sweep.slurm:
+            raise UserError(f"{cfg.run.dir} cannot be written, for {place} cannot. Choose another run.root or run.dir.")
+        found.unchecked.append(
+            f"{cfg.run.dir}: {place} of this machine cannot be written; the jobs and the command that submits them have to."
+        )
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     print(f"dry run of {cfg.name}, stage {cfg.stage}, seed {cfg.seed}: nothing is run and nothing is written.")
     print(f"directory   {cfg.run.dir}{_already(Path(cfg.run.dir))}")
-    found = Found()
     if cfg.stage == "pipeline":
         _pipeline(cfg, found)
     elif cfg.stage == "study":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import io
 import json
 import os
 import shutil
@@ -42,9 +44,9 @@ def first() -> bool:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """All that a process does. One that has met others ends here, with the exit code that it would have had, and without Python's own
-    end: a group of processes that FSDP2 has used is never let go, and one of its threads that still holds a tensor by then aborts
-    (pytorch issue 190489)."""
+    """All that a process does. One that has met others ends here, with the exit code that it would have had, and without the rest of
+    Python's own end: a group of processes that FSDP2 has used is never let go, and one of its threads that still holds a tensor by
+    then aborts (pytorch issue 190489). Threads, exit handlers and open files come to theirs as ever."""
     code = 0
     try:
         yield
@@ -60,11 +62,15 @@ def ending() -> Iterator[None]:
             else:
                 sys.excepthook(type(e), e, e.__traceback__)
     if met:
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # closed, or no one reads it
-                stream.flush()
-        os._exit(code)
+        try:
+            threading._shutdown()  # type: ignore[attr-defined]  # waits for those that are no daemons, and for executors
+            atexit._run_exitfuncs()
+            opened = [x for x in gc.get_objects() if issubclass(type(x), io.IOBase)]  # a reward may keep its log open
+            for stream in (*opened, sys.stdout, sys.stderr):
+                with suppress(Exception):  # closed, or no one reads it
+                    stream.flush()
+        finally:
+            os._exit(code)
 
 
 def left(e: RuntimeError) -> bool:
@@ -93,7 +99,7 @@ def run(cfg: DictConfig, count: int) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="alignkit-", ignore_cleanup_errors=True) as folder:
         given = Path(folder) / "given.json"
-        told = {"cfg": OmegaConf.to_yaml(cfg), "argv": sys.argv, "given": unread.given(cfg)}
+        told = {"cfg": OmegaConf.to_yaml(cfg), "argv": sys.argv, "given": unread.given(cfg), "starter": os.getpid()}
         given.write_text(json.dumps(told), encoding="utf-8")
         given.chmod(0o600)
         os.chmod(folder, 0o711)  # a server of another user may be given a folder of weights in it
@@ -190,8 +196,9 @@ def main() -> None:
 def _take_part() -> None:
     """Run; a mistake or a stop is left in a file for the one that has started it."""
     file = Path(sys.argv[1])
-    threading.Thread(target=_end_with, args=(os.getppid(), file.parent), daemon=True).start()
     given = json.loads(file.read_text(encoding="utf-8"))
+    # not os.getppid(): it may be gone already, and then this would go on without its lock
+    threading.Thread(target=_end_with, args=(given["starter"], file.parent), daemon=True).start()
     sys.argv = given["argv"]
     from alignkit.config import Config, register
     from alignkit.launch import share_in
@@ -204,6 +211,8 @@ def _take_part() -> None:
     except (UserError, Stopped) as e:
         _leave(file, e)
         sys.exit(130 if isinstance(e, Stopped) else 2)
+    except SystemExit as e:  # of a reward or a library: with 0 it would pass for one that is through
+        raise RuntimeError(f"the run left the process with exit code {e.code}") from e
     except RuntimeError as e:
         if not left(e):
             raise

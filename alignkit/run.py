@@ -64,9 +64,7 @@ class Run:
         """``second``: the reward that the audit alone sees."""
         self.cfg = cfg
         self.audit = Audit(OmegaConf.to_object(cfg.audit), second)  # type: ignore[arg-type]
-        self.home = Path(cfg.run.dir)
-        # what every rank writes alike, the first one's is kept of
-        self.dir = self.home if ranks.first() else Path(tempfile.mkdtemp(prefix="alignkit-"))
+        self.home = self.dir = Path(cfg.run.dir)
         self.seed: int = cfg.seed
         self.ledger: dict[str, float] = {}
         self.resumes = 0
@@ -82,12 +80,15 @@ class Run:
         self._order: tuple[int, int, list[int]] = (-1, -1, [])
         self.shards: Any = None  # of the weights, where several ranks share them
         _keep_freed_memory()
-        self.dir.mkdir(parents=True, exist_ok=True)
+        if ranks.first():
+            self.home.mkdir(parents=True, exist_ok=True)
         self.checkpoint = ranks.agreed(self._latest())
         begun = self._state_file()
         if begun.exists():
             self._read_state(begun, fingerprint)
             self._seen = dict(self.ledger)
+        if not ranks.first():  # what every rank writes alike, the first one's is kept of; ``close`` takes this one away
+            self.dir = Path(tempfile.mkdtemp(prefix="alignkit-"))
         self._drop_later_steps()
         self._start_record(fingerprint, command)
         self.progress = Progress(f"{cfg.name} s{cfg.seed}")

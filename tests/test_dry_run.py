@@ -360,6 +360,23 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert f"cannot be written, for {tmp_path / 'file'} cannot. Choose another run.root" in done.stderr
 
 
+def test_the_disk_of_a_cluster_need_not_be_on_the_laptop(tmp_path: Path) -> None:
+    """An ordinary user cannot write the folder in which ``run.root=/shared/runs`` would be made there."""
+    (tmp_path / "file").touch()
+    done = command(
+        "train",
+        "-m",
+        "hydra/launcher=submitit_slurm",
+        *FIT,
+        "seed=1,2",
+        "run.root=file/runs",
+        "--dry-run",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH" in done.stdout and done.stdout.count("of this machine cannot be written") == 1
+
+
 def test_what_is_asked_for_is_what_is_submitted(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for name, line in (("srun", "exit 1"), ("sbatch", f'cp "$1" {tmp_path}/given.sh; exit 1')):

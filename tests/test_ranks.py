@@ -210,6 +210,19 @@ def test_what_all_find_in_the_rows_the_first_tells(tmp_path: Path) -> None:
     assert done.stderr.count("error: ") == 1 and "error: rows.jsonl, line 4: no column 'response'" in done.stderr
 
 
+def test_a_damaged_checkpoint_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
+    """torchrun ends the others while they wait for the first one to tell."""
+    words = [*METHODS["reinforce"], "evaluate.every=0", "evaluate.test=false", "run.root=runs"]
+    folder = tmp_path / "runs" / Path(composed(words).run.dir).name
+    train(tmp_path / "runs", *words[:-1])
+    (folder / "result.json").unlink()
+    (folder / "checkpoint-5" / "state" / "run.json").write_text("{")
+    (tmp_path / "scratch").mkdir()
+    done = by_torchrun(*words, cwd=tmp_path, TMPDIR=str(tmp_path / "scratch"))
+    assert done.returncode != 0 and done.stderr.count("checkpoint-5 is damaged") == 1
+    assert not list((tmp_path / "scratch").glob("alignkit-*"))
+
+
 def test_rows_are_shown_once_and_a_run_begins_anew_under_torchrun(tmp_path: Path) -> None:
     """What ``launch`` does of ``data.show`` and ``run.overwrite``: rows and nothing else; a run's requests are forgotten with it."""
     from alignkit.feedback import FILE, Account
@@ -271,11 +284,39 @@ def test_a_killed_process_leaves_nothing_in_the_temporary_folder(tmp_path: Path)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
 
 
+def test_they_end_where_the_starter_is_gone_before_they_have_begun(tmp_path: Path) -> None:
+    process = started(tmp_path, *LATE)
+    until(lambda: len(children(process.pid)) == 2, process)
+    both = children(process.pid)
+    process.kill()
+    try:
+        process.communicate(timeout=60)  # they hold its streams, until they are gone
+    except subprocess.TimeoutExpired:
+        for one in both:
+            os.kill(one, signal.SIGKILL)
+        raise
+
+
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     done = command("train", *METHODS["esrl"], f"run.root={tmp_path}", "run.processes=2", "algo.max_new_tokens=100000")
     assert done.returncode == 2
     assert done.stderr.count("max_new_tokens") >= 1 and done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_one_that_leaves_with_no_error_is_no_success(tmp_path: Path) -> None:
+    """A reward that calls ``sys.exit``, as a library may, on all of them."""
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "leaves.yaml").write_text("_target_: leaves.Leaves\n", encoding="utf-8")
+    (tmp_path / "leaves.py").write_text(
+        "import sys\n\n\nclass Leaves:\n    def __call__(self, batch):\n        sys.exit(0)\n", encoding="utf-8"
+    )
+    words = [w for w in METHODS["reinforce"] if w != "reward=chrf"]
+    done = command(
+        "train", "--config-dir", str(tmp_path), *words, "reward=leaves", f"run.root={tmp_path}", "run.processes=2"
+    )
+    assert done.returncode == 2
+    assert "the run left the process with exit code 0" in done.stderr and "result.json" not in done.stderr
 
 
 def test_one_that_hangs_ends_all_with_its_stack(tmp_path: Path) -> None:
@@ -376,16 +417,24 @@ def test_no_thread_is_in_the_way_of_the_end(tmp_path: Path, by: str) -> None:
 )
 def test_one_that_has_met_others_ends_as_it_would_have(tmp_path: Path, what: str, code: int) -> None:
     script = f"""
-import atexit, sys
+import atexit, sys, threading, time
 from alignkit import processes
 from alignkit.errors import Stopped
 processes.met = True
+def write():
+    time.sleep(1)
+    kept.write("written late")
 with processes.ending():
     atexit.register(print, "tidied")
     print("said")
+    kept = open("kept.txt", "w")
+    threading.Thread(target=write).start()
     {what}
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, cwd=tmp_path, check=False
+    )
+    assert (tmp_path / "kept.txt").read_text() == "written late"
     assert done.returncode == code and done.stdout == "said\ntidied\n"
     assert ("Stopped: no" in done.stderr) == ("raise" in what) and ("no" in done.stderr) == ("no" in what)
 

@@ -198,6 +198,20 @@ def test_two_processes_do_not_share_a_directory(tmp_path: Path, monkeypatch: pyt
             train(tmp_path, *words)
 
 
+def test_a_second_process_leaves_a_run_that_has_just_begun_alone(tmp_path: Path) -> None:
+    """It has written its record and no step yet, as a start does that is taken back."""
+    import fcntl
+
+    run = tmp_path / "begun"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    with open(run / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        done = command("train", *SMALL_SFT, *SMALL_SEQ2SEQ, f"run.dir={run}")
+    assert done.returncode == 2 and "another process is working on this run" in done.stderr
+    assert (run / "config.yaml").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
