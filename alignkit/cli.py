@@ -239,6 +239,8 @@ def _alone(cfg: object) -> float | None:
     except UserError as e:
         _refuse(e)
     except Stopped as e:
+        if not processes.first():  # all stop together, and the first one says it
+            sys.exit(130)
         _leave(f"\n{e}", 130)
     except RuntimeError as e:
         if not processes.several() or not processes.left(e):

@@ -167,7 +167,9 @@ class Launching(Callback):
         if name != "basic":
             given: Any = OmegaConf.to_container(real.hydra.launcher, resolve=True)
             size = real.hydra.sweeper.max_batch_size or len(sweep.jobs)
-            print("\n".join([launching(name, given, len(sweep.jobs), size, sweep.processes), *asked, ""]), flush=True)
+            asked = [launching(name, given, len(sweep.jobs), size, sweep.processes), *asked]
+        if asked:
+            print("\n".join([*asked, ""]), flush=True)
 
 
 def launching(name: str, given: dict[str, Any], jobs: int, at_once: int, several: int = 1) -> str:

@@ -403,3 +403,7 @@ def test_a_data_set_ends_by_epochs_or_steps(tmp_path: Path, words: list[str], by
 def test_settings_of_a_launcher_without_a_sweep(cli: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = cli("train", "+algo=sft", "hydra.launcher.gpus_per_node=4")
     assert code == 2 and "add -m and hydra/launcher=NAME" in err and err.count("\n") == 1
+    code, _, err = cli("train", "-m", "+algo=esrl", "hydra/launcher=submitit_slrum", "seed=1")
+    assert (
+        code == 2 and "hydra/launcher=submitit_slrum: there is no such launcher. Did you mean 'submitit_slurm'?" in err
+    )

@@ -188,10 +188,11 @@ def by_torchrun(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProce
     [
         (["+preset=sft_then_esrl"], "run.processes=N starts N processes of this machine for each step that they can share (sft,"),
         (["+algo=ndr"], "stage study runs in one process. Start it without torchrun or accelerate."),
+        (["-m", "+algo=sft", "seed=1,2"], "a sweep runs in one process, which starts the jobs. Start it without torchrun"),
         (["+algo=sft", "seed=abc"], "seed: must be an integer, is 'abc'."),
         (["+algo=sft", "run.processes=0"], "run.processes: must be at least 1."),
     ],
-    ids=["pipeline", "study", "type", "check"],
+    ids=["pipeline", "study", "sweep", "type", "check"],
 )  # fmt: skip
 def test_what_each_would_refuse_the_first_refuses(words: list[str], said: str, tmp_path: Path) -> None:
     done = by_torchrun(*words, cwd=tmp_path)
@@ -208,6 +209,27 @@ def test_what_all_find_in_the_rows_the_first_tells(tmp_path: Path) -> None:
     done = by_torchrun("+algo=sft", "data=custom", "data.train=rows.jsonl", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1 and "error: rows.jsonl, line 4: no column 'response'" in done.stderr
+
+
+def test_what_the_first_alone_finds_the_others_do_not_die_of(tmp_path: Path) -> None:
+    """The folder; they wait for it in their first message."""
+    (tmp_path / "file").touch()
+    done = by_torchrun("+algo=sft", "run.root=file/runs", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and "file/runs" in done.stderr and "[rank1]" not in done.stderr
+
+
+def test_a_stop_is_said_once_under_torchrun(tmp_path: Path) -> None:
+    words = [*METHODS["reinforce"], "algo.steps=100000", "evaluate.every=0", "run.root=runs"]
+    folder = tmp_path / "runs" / Path(composed(words).run.dir).name
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "alignkit", "train", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    until(lambda: (folder / "metrics.jsonl").exists() and len(lines(folder / "metrics.jsonl")) > 3, process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=100)[1]
+    assert said.count("stopped after step") == 1 and "Repeat the command to go on" in said
 
 
 def test_a_damaged_checkpoint_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from alignkit import metrics
 from alignkit.errors import UserError
 from alignkit.report import charts, stats
 from alignkit.report.collect import Configuration, collect, configurations, differing, read
-from alignkit.report.content import Report, Table, build, number
+from alignkit.report.content import Report, Table, _signed, build, number
 from alignkit.report.page import render
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -795,3 +795,10 @@ def test_an_unfinished_run_goes_on_only_from_what_it_has_saved(copies: Runs) -> 
     (run / "checkpoint-2" / "state").mkdir(parents=True)
     (run / "checkpoint-2" / "state" / "run.json").write_text("{}")
     assert any("Repeat its command to go on." in w for w in reported(str(run)).warnings)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.1e-16, "0.000"), (-1e-17, "0.000"), (2e-4, "+0.0002"), (-0.25, "-0.250")]
+)
+def test_a_difference_that_is_rounding_is_none(value: float, text: str) -> None:
+    assert _signed(value, "length_ratio") == text

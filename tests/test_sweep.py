@@ -20,6 +20,23 @@ from running import SMALL_RL, SMALL_SEQ2SEQ, SMALL_SFT, command, composed, lines
 from alignkit import sweep
 from alignkit.verify import without_clock
 
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["seed=0,1", "run.processes=2"], None),
+        (["run.processes=1,2"], "jobs 0 and 1 differ in run.processes alone"),
+        (["seed=0,1", "run.processes=1,2", "run.threads=1"], "jobs 0 and 1 differ in run.processes alone"),
+        (["run.processes=1,2", "run.root=r/${run.processes}"], None),
+        (["run.root=r/1,r/2"], None),
+    ],
+)
+def test_jobs_that_would_be_one_run_are_warned_of(words: list[str], said: str | None, tmp_path: Path) -> None:
+    done = command("train", "-m", "+algo=ndr", *words, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ("warning: jobs" in done.stdout) == (said is not None) and (said or "") in done.stdout
+
+
 RL = [*SMALL_SEQ2SEQ, *SMALL_RL, "algo.k=2", "algo.warmup=0", "reward=length", "reward.target=4"]
 
 
