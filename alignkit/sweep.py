@@ -111,7 +111,10 @@ class Sweep(Callback):
         """Find out the jobs, and where they are recorded; what the launcher is made to ask for besides what is set, in words."""
         global _current
         self.words = sys.argv[1:]
-        self.task = list(config.hydra.overrides.task)
+        task: Any = OmegaConf.to_container(
+            config.hydra.overrides.task, resolve=False
+        )  # an interpolation is each job's own
+        self.task = [str(word) for word in task]
         given = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         parsed = OverridesParser.create().parse_overrides([*given, *self.task])
         self.outlives = "submitit" in config.hydra.launcher._target_  # its jobs go on when this process ends
@@ -318,7 +321,7 @@ def same_run(jobs: dict[int, dict[str, Any]]) -> list[str]:
     seen: dict[tuple[str, ...], int] = {}
     for number, job in jobs.items():
         words = [str(w).lstrip("+") for w in job["overrides"]]
-        if any(w.startswith(("run.root=", "run.dir=")) and "${" in w for w in words):
+        if any(w.startswith(("run.root=", "run.dir=")) and "$" in w for w in words):
             return []
         own = tuple(
             sorted(w for w in words if not w.startswith("run.") or w.startswith(("run.root=", "run.dir=", "run.name=")))
