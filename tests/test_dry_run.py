@@ -332,7 +332,11 @@ def test_a_job_asks_for_what_its_processes_need(
 ) -> None:
     """One task on one node, which starts four processes; ``run.processes`` may be a pipeline's, or one of its steps'."""
     slurm = ["train", "-m", "hydra/launcher=submitit_slurm", *words, "--dry-run"]
-    for job in (["+algo=ndr"], [*FIT, "run.processes=1,4", "run.root=r/${run.processes}"], ["+preset=sft_then_esrl", 'more.esrl="run.processes=4"']):
+    for job in (
+        ["+algo=ndr"],
+        [*FIT, "run.processes=1,4", "run.root=r/${run.processes}"],
+        ["+preset=sft_then_esrl", 'more.esrl="run.processes=4"'],
+    ):
         done = command(*slurm, *job, "seed=1", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         flags = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", done.stdout))
