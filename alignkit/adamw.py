@@ -93,12 +93,12 @@ def load(optimizer: torch.optim.Optimizer, shards: Any, folder: Path) -> None:
     """
     # a GPU may have no room for all of it
     state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    there_are = sorted(folder.glob("moments-*.safetensors"))
-    count = int(there_are[-1].stem.rpartition("-")[2]) if there_are else 0
+    paths = sorted(folder.glob("moments-*.safetensors"))
+    count = int(paths[-1].stem.rpartition("-")[2]) if paths else 0
     for i in range(1, count + 1):
         if not (folder / _name(i, count)).exists():
             raise ValueError(f"{_name(i, count)} is missing: the moments of AdamW are not whole")
-    files = [safe_open(file, "pt") for file in there_are]
+    files = [safe_open(file, "pt") for file in paths]
     names = {key.partition(".")[2] for file in files for key in file.keys()}  # noqa: SIM118
     there = set(files[0].keys()) if files else set()
     for i, p in enumerate(_weights(optimizer)):

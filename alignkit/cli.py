@@ -245,7 +245,7 @@ def _alone(cfg: object) -> float | None:
     except RuntimeError as e:
         if not processes.several() or not processes.left(e):
             raise
-        time.sleep(FIRST_TELLS)
+        time.sleep(FIRST_TELLS)  # torchrun ends all with the first one that ends, and names it
         _leave(
             f"error: another process is gone ({(str(e).splitlines() or [type(e).__name__])[0]}); see what that one says.",
             processes.LEFT,

@@ -530,6 +530,10 @@ def _say_steps(
                            f"passes over the rows.")  # fmt: skip
         if each:
             found.say("trained", f"about {each:,.0f} response tokens a step, {steps * each:,.0f} in all.")
+    if getattr(algo, "warmup", 0) >= steps:
+        found.lines.append(
+            f"            warning: algo.warmup={algo.warmup} is not shorter than the run ({steps:,} steps)."
+        )
     every = cfg.evaluate.every
     held = {s: min(len(r), cfg.evaluate.rows or len(r)) for s, r in rows.items() if s != "train" and r}
     if cfg.stage not in ("refine", "select") and held:

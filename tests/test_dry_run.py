@@ -350,6 +350,13 @@ def test_a_job_asks_for_what_its_processes_need(
     clean(tmp_path)
 
 
+@pytest.mark.parametrize(("steps", "warned"), [(10, True), (11, False)])
+def test_a_warm_up_that_is_the_whole_run_is_warned_of(steps: int, warned: bool, tmp_path: Path) -> None:
+    done = command("train", *FIT, "algo.warmup=10", f"algo.steps={steps}", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ("warning: algo.warmup=10 is not shorter than the run" in done.stdout) == warned
+
+
 def test_more_tasks_than_one_are_warned_of(tmp_path: Path) -> None:
     slurm = ["train", "-m", "hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=2", "--dry-run"]
     done = command(*slurm, "+algo=ndr", "seed=1", cwd=tmp_path)
