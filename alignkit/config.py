@@ -426,7 +426,9 @@ def check(cfg: DictConfig) -> None:
         wrong.append(f"engine: has no effect in stage {stage}; it draws what stage rl learns from.")
     for node in ("data", "reward", "engine", "algo", "audit"):
         value: Any = OmegaConf.to_container(cfg[node], resolve=True)
-        if not value:
+        if not value or (
+            stage == "pipeline" and node in ("data", "reward", "algo")
+        ):  # which has none of its own, see below
             continue
         if node == "audit":
             value["_target_"] = f"{__name__}.AuditSettings"

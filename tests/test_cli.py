@@ -330,5 +330,6 @@ def test_words_for_one_step_of_a_pipeline() -> None:
     assert (cfg.more.ppo, list(cfg.more.rm)) == ("algo.steps=5", ["algo.epochs=1", "seed=3"])
     with pytest.raises(UserError, match=r"more\.pp: is not a step of this pipeline\. Did you mean 'ppo'"):
         check(composed(["+preset=rlhf_tiny", 'more.pp="algo.steps=5"']))
-    with pytest.raises(UserError, match="a pipeline has no algo, data or reward of its own"):
+    with pytest.raises(UserError, match="a pipeline has no algo, data or reward of its own") as told:
         check(composed(["+preset=rlhf_tiny", "+algo.steps=5"]))
+    assert "_target_" not in str(told.value)  # which would have one choose a method
