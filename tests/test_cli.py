@@ -59,7 +59,7 @@ CLASSES = [n for n in names("algo") if "_target_" in (content("algo", n).get("al
     ],
 )
 def test_it_answers_at_once(words: str, code: int | None, says: str, tmp_path: Path) -> None:
-    """Half a second of CPU on an idle machine, a second allowed; no torch, no traceback, no file left behind."""
+    """Under a second of CPU on an idle machine, two allowed, for others work beside it; no torch (which takes more), no traceback, no file."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = command(*words.split(), cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -70,7 +70,7 @@ def test_it_answers_at_once(words: str, code: int | None, says: str, tmp_path: P
     assert says in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "alignkit.cli" in imports and "torch" not in imports
-    assert seconds < 1
+    assert seconds < 2
     assert list(tmp_path.iterdir()) == []
 
 
